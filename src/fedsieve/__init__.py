@@ -1,0 +1,66 @@
+"""fedsieve: federated lottery tickets, with every byte counted. Names are loaded when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsieve.algorithms.fedavg import FedAvg
+    from fedsieve.algorithms.fedsparsify import FedSparsify
+    from fedsieve.data.batches import Federation, federate
+    from fedsieve.data.datasets import Dataset, from_arrays, load
+    from fedsieve.engine.loop import Result, fit
+    from fedsieve.errors import DataError, Diverged, FedsieveError, UsageError
+    from fedsieve.models.spec import ModelSpec, build
+    from fedsieve.params import Kind, Layout, Masks, Params, Slot
+    from fedsieve.settings import Data, Engine, Local, Model
+    from fedsieve.streams import Stream, Streams
+    from fedsieve.wire.message import Message, WireError, pack, unpack
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FedAvg": "algorithms.fedavg",
+    "FedSparsify": "algorithms.fedsparsify",
+    "Federation": "data.batches",
+    "federate": "data.batches",
+    "Dataset": "data.datasets",
+    "from_arrays": "data.datasets",
+    "load": "data.datasets",
+    "Result": "engine.loop",
+    "fit": "engine.loop",
+    "DataError": "errors",
+    "Diverged": "errors",
+    "FedsieveError": "errors",
+    "UsageError": "errors",
+    "ModelSpec": "models.spec",
+    "build": "models.spec",
+    "Kind": "params",
+    "Layout": "params",
+    "Masks": "params",
+    "Params": "params",
+    "Slot": "params",
+    "Data": "settings",
+    "Engine": "settings",
+    "Local": "settings",
+    "Model": "settings",
+    "Stream": "streams",
+    "Streams": "streams",
+    "Message": "wire.message",
+    "WireError": "wire.message",
+    "pack": "wire.message",
+    "unpack": "wire.message",
+}
+
+__all__ = [
+    "Data", "DataError", "Dataset", "Diverged", "Engine", "FedAvg", "FedSparsify", "Federation", "FedsieveError", "Kind",
+    "Layout", "Local", "Masks", "Message", "Model", "ModelSpec", "Params", "Result", "Slot", "Stream", "Streams",
+    "UsageError", "WireError", "build", "federate", "fit", "from_arrays", "load", "pack", "unpack",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fedsieve' has no attribute {name!r}")
+    return getattr(import_module(f"fedsieve.{_HOME[name]}"), name)

@@ -1,0 +1,47 @@
+"""Means and votes over replies, one at a time: memory does not grow with the cohort.
+
+Sums are taken in float64 in the order given (the engine gives ascending client ids), so a mean does not depend on which
+client answered first.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedsieve.params import Layout, Masks, Params
+
+
+class WeightedMean:
+    """Running sum(weight * params) / sum(weight)."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._sum = torch.zeros(layout.size, dtype=torch.float64)
+        self.weight = 0.0
+
+    def add(self, params: Params, weight: float) -> None:
+        """Add one client's parameters with a weight > 0."""
+        self._sum.add_(params.flat, alpha=weight)
+        self.weight += weight
+
+    def value(self) -> Params:
+        """Return the mean of what was added; at least one must have been."""
+        return Params(self._layout, (self._sum / self.weight).float())
+
+
+class Votes:
+    """How many clients keep each maskable weight."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._votes = torch.zeros(layout.maskable, dtype=torch.int32)
+        self.voters = 0
+
+    def add(self, masks: Masks) -> None:
+        """Add one client's vote."""
+        self._votes += masks.kept
+        self.voters += 1
+
+    def at_least(self, votes: int) -> Masks:
+        """Keep what has so many votes or more, and at least one."""
+        return Masks(self._layout, self._votes >= max(1, votes))

@@ -1,0 +1,136 @@
+"""What an algorithm is, and how one is found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Literal, Protocol, TypeVar
+
+from fedsieve.errors import UsageError
+from fedsieve.local.executor import Client, Metrics
+from fedsieve.models.spec import ModelSpec
+from fedsieve.params import Layout, Masks, Params
+from fedsieve.settings import nearest
+from fedsieve.streams import Streams
+from fedsieve.wire.message import Message, Reason, WireError
+from fedsieve.wire.sections import dense, mask, values, vector
+
+State = TypeVar("State")
+ClientState = TypeVar("ClientState")
+Reply = TypeVar("Reply")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """What a method knows at the server before round 1."""
+
+    spec: ModelSpec
+    start: Params
+    """where the federation starts"""
+    rounds: int
+    clients: int
+    streams: Streams
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the model."""
+        return self.spec.layout
+
+
+class Algorithm(Protocol[State, ClientState, Reply]):
+    """A method: a frozen dataclass of settings with six pure steps.
+
+    State is passed in and returned, never kept. Whatever goes from server to client or back is in a message, and a message is
+    only bytes on its way. A client may keep a state of its own between its rounds (`mine`); it never leaves the client.
+    """
+
+    def init(self, job: Job) -> State:
+        """Return the server's state before round 1."""
+
+    def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:
+        """Return a message for each client of the cohort; a message object given to several is packed once."""
+
+    def client_update(self, request: Message, client: Client, mine: ClientState | None) -> tuple[Message, ClientState | None]:
+        """Return the client's reply and what it keeps."""
+
+    def read(self, state: State, reply: Message) -> Reply:
+        """Decode all that the server uses of one reply. A WireError here counts the client as lost and ends no run."""
+
+    def aggregate(self, state: State, replies: Iterable[tuple[int, Reply]]) -> State:
+        """Return the next state. Replies come once, in ascending client id; there may be none."""
+
+    def finalize(self, state: State) -> tuple[Params, Masks]:
+        """Return what is evaluated and exported."""
+
+
+def names() -> list[str]:
+    """List the built-in methods: the modules of this folder."""
+    here = import_module("fedsieve.algorithms")
+    return sorted(module.name for module in iter_modules(here.__path__) if module.name != "base")
+
+
+def find(name: str) -> type[Any]:
+    """Return the class of settings of a method: a module of this folder, or `package.module:Class`.
+
+    Raises:
+        UsageError: no such method; the message names the nearest one.
+    """
+    if ":" in name:
+        return _imported(name)
+    if name not in names():
+        near = nearest(name, names())
+        raise UsageError(f"no algorithm {name!r}.{near} There are {', '.join(names())}, or your own as package.module:Class.")
+    module = import_module(f"fedsieve.algorithms.{name}")
+    return next(
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and v.__module__ == module.__name__ and hasattr(v, "client_update")
+    )
+
+
+def _imported(name: str) -> type[Any]:
+    path, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(path), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"algorithm {name!r} cannot be loaded: {error}. Give package.module:Class, importable from this folder."
+        ) from None
+    steps = [
+        step for step in ("init", "broadcast", "client_update", "read", "aggregate", "finalize") if not hasattr(found, step)
+    ]
+    if steps or not is_dataclass(found):
+        raise UsageError(
+            f"algorithm {name!r} is no frozen dataclass with the six steps; missing: {', '.join(steps) or 'dataclass'}."
+        )
+    return found  # type: ignore[return-value]
+
+
+def weight(reply: Message, weighting: Literal["examples", "uniform"]) -> float:
+    """Return a client's weight in a mean: its number of examples, in [1, 2**48], or 1."""
+    examples = reply.number("examples")
+    if not 1 <= examples <= 2**48:
+        raise WireError(Reason.RANGE, 0, f"examples is {examples}, not in [1, 2**48]")
+    return float(examples) if weighting == "examples" else 1.0
+
+
+def evaluation(params: Params, masks: Masks, round: int) -> Message:
+    """Return the request that a client evaluate this model on its own test examples."""
+    if masks.count == masks.layout.maskable:
+        return Message("eval", round, params.layout, {"weights": dense(params)})
+    return Message("eval", round, params.layout, {"mask": mask(masks), "weights": values(params, masks)})
+
+
+def evaluate(request: Message, client: Client) -> Message:
+    """Answer an evaluation request with the client's counts."""
+    params = request.values("weights", request.mask("mask")) if "mask" in request.sections else request.dense("weights")
+    found = client.evaluate(params)
+    return request.reply(counts=vector([found.correct, found.loss, found.predictions]))
+
+
+def counts(reply: Message) -> Metrics:
+    """Read a client's answer to an evaluation request."""
+    correct, loss, predictions = reply.vector("counts").tolist()
+    return Metrics(int(correct), loss, int(predictions))

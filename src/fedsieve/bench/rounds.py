@@ -1,0 +1,166 @@
+"""Rounds per second of dense FedAvg against a plain PyTorch loop, on Fashion-MNIST, in one run: `make bench`.
+
+    J1  100 clients x 600 examples, 10 a round, convolutional network with 1.66 M parameters
+    J2  the same with an MLP 784-200-200-10
+    J3  1,000 clients x 60 examples, 100 a round, the MLP
+
+One local epoch, batch 32, SGD, test accuracy every 5 rounds. The plain loop is one process with torch's default threads, data
+prepared as normalised float tensors, `torch.optim.SGD`, and no bytes at all; fedsieve packs, counts, carries and unpacks every
+message. Rounds of the two alternate, so that both see the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsieve import files
+from fedsieve.algorithms.fedavg import FedAvg
+from fedsieve.bench.codec import exchange_seconds
+from fedsieve.data.batches import Federation, federate
+from fedsieve.data.datasets import load
+from fedsieve.engine.folder import environment
+from fedsieve.engine.loop import fit
+from fedsieve.engine.round import Row
+from fedsieve.models.spec import build
+from fedsieve.settings import Data, Engine, Local, Model
+from fedsieve.streams import Streams
+
+LR = 0.05
+BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One measured job."""
+
+    name: str
+    model: Model
+    clients: int
+    cohort: int
+    rounds: int
+    goal: float
+    """ratio to reach with 2 workers"""
+
+
+TASKS = (
+    Task("J1", Model(name="cnn"), 100, 10, 6, 1.6),
+    Task("J2", Model(name="mlp", hidden=(200, 200)), 100, 10, 40, 1.5),
+    Task("J3", Model(name="mlp", hidden=(200, 200)), 1000, 100, 30, 1.3),
+)
+
+
+def measure(task: Task, workers: int = 2) -> dict[str, float | str]:
+    """Play a task both ways, round by round in turn; return median seconds, their ratio and the share of the codec."""
+    settings = Data(name="fashion-mnist", clients=task.clients)
+    data = federate(load(settings), settings, Streams(0))
+    spec = build(task.model, data.shape, data.classes)
+    plain_round = plain(data, textbook(task.model), task.cohort)
+    ours, theirs, accuracy = [], [], [0.0, 0.0]
+    threads = torch.get_num_threads()
+
+    def watch(row: Row) -> None:
+        evaluate = row["accuracy"] is not None
+        torch.set_num_threads(threads)
+        began = perf_counter()
+        reached = plain_round(row["round"], evaluate)
+        theirs.append(perf_counter() - began)
+        torch.set_num_threads(1)
+        ours.append(row["seconds"])
+        if evaluate:
+            accuracy[:] = row["accuracy"], reached
+
+    engine = Engine(rounds=task.rounds, cohort=task.cohort, workers=workers, eval_every=5, eval_clients=0)
+    fit(FedAvg(), model=spec, data=data, local=Local(lr=LR, batch=BATCH), engine=engine, watch=watch)
+    seconds, plain_seconds = statistics.fmean(ours[1:]), statistics.fmean(theirs[1:])
+    codec = exchange_seconds(spec.layout, task.cohort)
+    return {
+        "job": task.name,
+        "rounds_per_second": 1 / seconds,
+        "plain_rounds_per_second": 1 / plain_seconds,
+        "ratio": plain_seconds / seconds,
+        "goal": task.goal,
+        "codec_share": codec / seconds,
+        "accuracy": accuracy[0],
+        "plain_accuracy": accuracy[1],
+    }
+
+
+def textbook(model: Model) -> nn.Module:
+    """Return the network as a tutorial writes it."""
+    if model.name == "cnn":
+        first = [nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+        second = [nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+        return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 10))
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10))
+
+
+def plain(data: Federation, template: nn.Module, cohort: int) -> Callable[[int, bool], float]:
+    """Return a function that plays one round of the plain loop and returns its test accuracy if asked."""
+    x, y = _tensors(data.train.x, data.train.mean, data.train.std), data.train.y
+    test_x, test_y = _tensors(data.test.x, data.test.mean, data.test.std), data.test.y
+    parts = [torch.from_numpy(part) for part in data.parts]
+    model, shared = deepcopy(template), deepcopy(template)
+    rng = np.random.default_rng(0)
+
+    def play(round: int, evaluate: bool) -> float:
+        start = shared.state_dict()
+        mean = {name: torch.zeros_like(value) for name, value in start.items()}
+        chosen = rng.choice(len(parts), cohort, replace=False)
+        total = sum(len(parts[client]) for client in chosen)
+        for client in chosen:
+            model.load_state_dict(start)
+            optimiser = torch.optim.SGD(model.parameters(), lr=LR)
+            part = parts[client]
+            for batch in torch.split(part[torch.randperm(len(part))], BATCH):
+                optimiser.zero_grad()
+                nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+            for name, value in model.state_dict().items():
+                mean[name] += value * (len(part) / total)
+        shared.load_state_dict(mean)
+        if not evaluate:
+            return 0.0
+        with torch.no_grad():
+            batches = zip(torch.split(test_x, 500), torch.split(test_y, 500), strict=True)
+            correct = sum(int((shared(bx).argmax(1) == by).sum()) for bx, by in batches)
+        return correct / len(test_y)
+
+    return play
+
+
+def _tensors(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    shape = (1, -1, 1, 1)
+    return ((x.float() - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)).contiguous()
+
+
+def main() -> int:
+    """Print a line a job, and keep the figures in results/bench_rounds.json."""
+    chosen = [task for task in TASKS if not sys.argv[1:] or task.name in sys.argv[1:]]
+    rows = []
+    for task in chosen:
+        row = measure(task)
+        rows.append(row)
+        print(
+            f"{row['job']}  {row['rounds_per_second']:.3f} rounds/s  plain {row['plain_rounds_per_second']:.3f}"
+            f"  ratio {row['ratio']:.2f} (goal {row['goal']})  codec {row['codec_share']:.1%} of a round"
+            f"  accuracy {row['accuracy']:.3f} / {row['plain_accuracy']:.3f}",
+            flush=True,
+        )
+    if len(chosen) == len(TASKS):
+        files.replace(Path("results/bench_rounds.json"), json.dumps({"jobs": rows, **environment()}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The rounds: loop, transports, checkpoints, run folders."""

@@ -1,0 +1,157 @@
+"""The run: round after round, with evaluation, record and checkpoint as the next lines of one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from torch import nn
+
+from fedsieve.algorithms.base import Algorithm, Job
+from fedsieve.data.batches import Federation
+from fedsieve.engine.folder import Progress, RunFolder, environment, identity
+from fedsieve.engine.handle import Plan
+from fedsieve.engine.round import Row, play, total
+from fedsieve.engine.transports import Sequential, Transport, Workers
+from fedsieve.errors import Diverged, Interrupted, UsageError
+from fedsieve.models.spec import ModelSpec
+from fedsieve.params import Masks, Params
+from fedsieve.settings import Engine, Local
+from fedsieve.streams import Streams
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """What a run ends with."""
+
+    params: Params
+    masks: Masks
+    rows: Sequence[Row]
+    """the record of each round, see docs/records.md"""
+    summary: Mapping[str, Any]
+    folder: Path | None
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy of the final model, in [0, 1]."""
+        return float(self.summary["accuracy"])
+
+    @property
+    def density(self) -> float:
+        """Kept over maskable weights of the final model, in [0, 1]."""
+        return self.masks.density
+
+
+def fit(
+    algorithm: Algorithm[Any, Any, Any],
+    *,
+    model: nn.Module | ModelSpec,
+    data: Federation,
+    local: Local | None = None,
+    engine: Engine | None = None,
+    start: Params | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    config: Mapping[str, Any] | None = None,
+    watch: Callable[[Row], None] = lambda row: None,
+) -> Result:
+    """Run a federation to its last round.
+
+    Args:
+        algorithm: the method, for example `FedSparsify(density=0.1)`.
+        model: any module, or a spec that says more about it.
+        data: who holds which examples, see `federate`.
+        local: how a client trains.
+        engine: how the rounds are run.
+        start: parameters to start from; default: the module's own.
+        out: run folder to write, which must not exist; default: none is written.
+        resume: go on in the run folder `out` from its last checkpoint, or from the beginning if it has none.
+        config: settings to write into the folder; default: what the arguments say.
+        watch: called with the row of each round.
+
+    Raises:
+        UsageError: the settings do not fit together, or the folder exists.
+        Diverged: a client's loss is not finite (engine.nonfinite = "stop").
+    """
+    local, engine = local or Local(), engine or Engine()
+    if engine.cohort > len(data.parts):
+        raise UsageError(
+            f"engine.cohort = {engine.cohort} is more than the {len(data.parts)} clients that there are (data.clients)."
+        )
+    if engine.workers and local.device != "cpu":
+        raise UsageError(f"local.device = {local.device!r} needs engine.workers = 0: worker processes are for the CPU.")
+    spec = model if isinstance(model, ModelSpec) else ModelSpec.of(model, data.example())
+    streams = Streams(engine.seed)
+    job = Job(spec, start or spec.initial("module", streams), engine.rounds, len(data.parts), streams)
+    config = config or _described(algorithm, spec, data, local, engine)
+    run = Progress(0, algorithm.init(job), [], {})
+    folder = None
+    if out is not None:
+        folder = RunFolder.open(Path(out), identity(config, data, job.start), resume=resume)
+        run = folder.restore(job.layout, type(algorithm).__module__) or run
+        folder.describe(config, data.manifest())
+    plan = Plan(algorithm, spec, data, local, engine.rounds, engine.seed)
+    transport: Transport = Workers(plan, engine.workers) if engine.workers else Sequential(plan)
+    transport.states.update(run.clients)
+    try:
+        while run.round < engine.rounds:
+            began = perf_counter()
+            state, row = play(algorithm, run.state, run.round + 1, job, engine, transport)
+            row["seconds"] = perf_counter() - began
+            run = Progress(run.round + 1, state, [*run.rows, row], transport.states)
+            if folder:
+                folder.record(row)
+                if run.round % engine.checkpoint_every == 0 or run.round == engine.rounds:
+                    folder.save(run)
+            watch(row)
+    except (Interrupted, KeyboardInterrupt, Diverged):
+        if folder:
+            folder.save(run)
+        raise
+    finally:
+        transport.close()
+    params, masks = algorithm.finalize(run.state)
+    summary = _summary(config, spec, data, engine, run.rows)
+    if folder:
+        folder.finish(params, masks, summary)
+    return Result(params, masks, run.rows, summary, folder.path if folder else None)
+
+
+def _described(algorithm: Any, spec: ModelSpec, data: Federation, local: Local, engine: Engine) -> dict[str, Any]:
+    """Settings of a run that was started from Python, where model and data are objects."""
+    name = type(algorithm).__module__.rpartition(".")[2]
+    return {
+        "data": {"name": data.name, "clients": len(data.parts)},
+        "model": {"name": spec.name},
+        "algorithm": {"name": name, **asdict(algorithm)},
+        "local": asdict(local),
+        "engine": asdict(engine),
+    }
+
+
+def _summary(
+    config: Mapping[str, Any], spec: ModelSpec, data: Federation, engine: Engine, rows: Sequence[Row]
+) -> dict[str, Any]:
+    evaluated = [row["accuracy"] for row in rows if row["accuracy"] is not None]
+    return {
+        "algorithm": config["algorithm"]["name"],
+        "dataset": data.name,
+        "model": spec.name,
+        "seed": engine.seed,
+        "clients": len(data.parts),
+        "rounds": len(rows),
+        "status": "done",
+        "accuracy": evaluated[-1],
+        "best_accuracy": max(evaluated),
+        "client_accuracy": rows[-1]["client_accuracy"],
+        "density": rows[-1]["density"],
+        "parameters": spec.parameters,
+        "bytes_up": total(rows, "bytes_up"),
+        "bytes_down": total(rows, "bytes_down"),
+        "flops": total(rows, "flops"),
+        "seconds": total(rows, "seconds"),
+        "config_hash": identity(config),
+    } | environment()

@@ -1,0 +1,138 @@
+"""One round: state -> broadcast -> bytes -> client update -> bytes -> aggregate -> state, and its record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedsieve.algorithms.base import Algorithm, Job, counts, evaluation
+from fedsieve.engine.transports import Lost, Transport
+from fedsieve.errors import Diverged
+from fedsieve.local.executor import Metrics
+from fedsieve.params import Masks, Params
+from fedsieve.settings import Engine
+from fedsieve.wire.ledger import Ledger
+from fedsieve.wire.message import Message, WireError, pack, unpack
+
+Row = dict[str, Any]
+"""the record of one round, see docs/records.md"""
+
+
+def play(
+    algorithm: Algorithm[Any, Any, Any], state: Any, round: int, job: Job, engine: Engine, transport: Transport
+) -> tuple[Any, Row]:
+    """Play one round; return the next state and the record.
+
+    Raises:
+        Diverged: a client's loss is not finite and engine.nonfinite is "stop".
+    """
+    spent = transport.flops
+    cohort = draw(job, engine, round)
+    exchange = Exchange(job, engine, transport, Ledger())
+    requests = exchange.send(algorithm.broadcast(state, cohort))
+    present = {client: payload for client, payload in requests.items() if not drops_out(job, engine, round, client)}
+    exchange.lost.update(dict.fromkeys(requests.keys() - present.keys(), "dropped out"))
+    replies = exchange.receive(present)
+    state = algorithm.aggregate(state, exchange.read(algorithm, state, replies))
+    params, masks = algorithm.finalize(state)
+    row: Row = {"round": round, "accuracy": None, "loss": None, "train_loss": exchange.train_loss(), "client_accuracy": None}
+    row |= {"clients": len(cohort), "examples": exchange.examples, "flops": transport.flops - spent}
+    row |= {"density": masks.density, "densities": masks.densities() if masks.density < 1 else None}
+    if round % engine.eval_every == 0 or round == engine.rounds:
+        found = transport.evaluate(params)
+        row |= {"accuracy": found.accuracy, "loss": found.mean_loss}
+        row["client_accuracy"] = _percentiles(exchange.evaluate(params, masks, round))
+    row |= {"lost": {str(client): reason for client, reason in sorted(exchange.lost.items())}}
+    return state, row | exchange.ledger.row() | {"peak_memory_mb": transport.peak_memory() / 1e6}
+
+
+def draw(job: Job, engine: Engine, round: int) -> list[int]:
+    """Draw the cohort of a round, ascending: uniformly without replacement, or everybody."""
+    if not engine.cohort:
+        return list(range(job.clients))
+    return [int(client) for client in job.streams.at(round=round)("cohort").choice(job.clients, engine.cohort)]
+
+
+def drops_out(job: Job, engine: Engine, round: int, client: int) -> bool:
+    """Whether a client drops out of a round after it received the broadcast."""
+    return bool(engine.dropout) and job.streams.at(round=round, client=client)("dropout").uniform(1)[0] < engine.dropout
+
+
+class Exchange:
+    """Messages of one round on their way: packs, counts, unpacks, and notes who was lost."""
+
+    def __init__(self, job: Job, engine: Engine, transport: Transport, ledger: Ledger) -> None:
+        self._job, self._engine, self._transport, self.ledger = job, engine, transport, ledger
+        self.lost: dict[int, str] = {}
+        self.examples = 0
+        self._losses: list[tuple[float, int]] = []
+
+    def send(self, messages: Mapping[int, Message]) -> dict[int, bytes]:
+        """Pack each distinct message once and count it for each client that receives it."""
+        packed = {key: pack(message) for key, message in {id(m): m for m in messages.values()}.items()}
+        requests = {client: packed[id(message)] for client, message in messages.items()}
+        for payload in requests.values():
+            self.ledger.count("down", payload)
+        return requests
+
+    def receive(self, requests: Mapping[int, bytes]) -> Iterator[tuple[int, Message]]:
+        """Carry requests to their clients; yield the replies in ascending client id, counted and unpacked."""
+        for client, payload in self._transport.exchange(requests):
+            if isinstance(payload, Lost):
+                if payload.diverged and self._engine.nonfinite == "stop":
+                    raise Diverged(
+                        f'{payload.reason}.\nTry a smaller local.lr, or engine.nonfinite = "drop" to leave such clients out.'
+                    )
+                self.lost[client] = payload.reason
+                continue
+            self.ledger.count("up", payload)
+            try:
+                yield client, unpack(payload, self._job.layout)
+            except WireError as error:
+                self.lost[client] = str(error)
+
+    def read(
+        self, algorithm: Algorithm[Any, Any, Any], state: Any, replies: Iterable[tuple[int, Message]]
+    ) -> Iterator[tuple[int, Any]]:
+        """Decode replies as the method reads them; one that is not valid counts as lost."""
+        for client, reply in replies:
+            try:
+                content = algorithm.read(state, reply)
+                loss, examples = (reply.number(name) if name in reply.sections else 0 for name in ("loss", "examples"))
+            except WireError as error:
+                self.lost[client] = str(error)
+                continue
+            self._losses.append((float(loss), int(examples)))
+            self.examples += int(examples)
+            yield client, content
+
+    def train_loss(self) -> float | None:
+        """Mean of the clients' training losses by examples; None if nobody answered."""
+        return sum(loss * n for loss, n in self._losses) / self.examples if self.examples else None
+
+    def evaluate(self, params: Params, masks: Masks, round: int) -> list[float]:
+        """Have clients evaluate the model on their own test examples; return the accuracy of each that holds some."""
+        job, wanted = self._job, self._engine.eval_clients
+        if not wanted:
+            return []
+        chosen = range(job.clients) if job.clients <= wanted else job.streams("evaluation").choice(job.clients, wanted)
+        requests = self.send(dict.fromkeys(map(int, chosen), evaluation(params, masks, round)))
+        found: list[Metrics] = [counts(reply) for _, reply in self.receive(requests)]
+        return [metrics.accuracy for metrics in found if metrics.predictions]
+
+
+def total(rows: Sequence[Row], key: str) -> Any:
+    """Sum a column of the record."""
+    return sum(row[key] for row in rows)
+
+
+def _percentiles(accuracies: list[float]) -> dict[str, float] | None:
+    """Describe how accuracy is spread over the clients; worst10 is the mean of the worst tenth (at least one)."""
+    if not accuracies:
+        return None
+    ordered = np.sort(accuracies)
+    described = {"mean": float(ordered.mean()), "std": float(ordered.std())}
+    described |= {f"p{p}": float(np.percentile(ordered, p)) for p in (5, 10, 25, 50, 75, 90, 95)}
+    return described | {"worst10": float(ordered[: max(1, len(ordered) // 10)].mean())}

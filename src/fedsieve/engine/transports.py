@@ -1,0 +1,385 @@
+"""Carriers of payloads between the server and simulated clients: in this process, or in worker processes.
+
+Both play the same clients with the same one-thread kernels and hand replies back in ascending client id, so a result does not
+depend on which one is used, nor on the number of workers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fedsieve.data.batches import Examples
+from fedsieve.engine.arena import Arena, SharedTensor
+from fedsieve.engine.handle import Device, Plan, handle
+from fedsieve.errors import Diverged, FedsieveError
+from fedsieve.local.executor import EVALUATION_BATCH, Metrics
+from fedsieve.params import Layout, Params
+from fedsieve.wire.message import WireError, pack_into, packed_size
+
+SHARD = 8 * EVALUATION_BATCH
+"""test examples that the server evaluates in one piece; sums are taken over pieces in order"""
+
+AHEAD = 4
+"""clients per worker that may be under way before the next reply in order has come: bounds the server's memory"""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A client whose reply does not count, and why."""
+
+    reason: str
+    diverged: bool = False
+
+
+class Transport(Protocol):
+    """Carries requests to clients and replies back."""
+
+    states: dict[int, bytes]
+    """what each client keeps between its rounds, frozen; here only because the simulator plays the clients"""
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations that training took so far."""
+
+    def exchange(self, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes | bytearray | Lost]]:
+        """Carry each client's request to it; yield the replies in ascending client id."""
+
+    def evaluate(self, params: Params) -> Metrics:
+        """Evaluate the server's model on the server's test examples. Carries nothing and counts nothing."""
+
+    def peak_memory(self) -> int:
+        """Largest resident memory so far, in bytes, summed over processes (shared pages count in each)."""
+
+    def close(self) -> None:
+        """End what was started."""
+
+
+class Sequential:
+    """Plays one client after another in this process."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.states: dict[int, bytes] = {}
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._plan = replace(plan, federation=plan.federation.to(torch.device(plan.local.device)))
+        self._device = Device(self._plan)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations that training took so far."""
+        return self._device.executor.flops
+
+    def exchange(self, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes | bytearray | Lost]]:
+        """Carry each client's request to it; yield the replies in ascending client id."""
+        for client in sorted(requests):
+            try:
+                reply, mine = handle(self._device, client, requests[client], self.states.get(client))
+            except (FedsieveError, WireError) as error:
+                yield client, _lost(error)
+                continue
+            if mine is not None:
+                self.states[client] = mine
+            yield client, reply
+
+    def evaluate(self, params: Params) -> Metrics:
+        """Evaluate on the server's test examples."""
+        pieces = [_evaluate(self._device, self._plan, params, shard) for shard in range(_shards(self._plan))]
+        return sum(pieces, Metrics(0, 0.0, 0))
+
+    def peak_memory(self) -> int:
+        """Largest resident memory so far, in bytes."""
+        return peak_memory()
+
+    def close(self) -> None:
+        """Give torch its threads back."""
+        torch.set_num_threads(self._threads)
+
+
+class Workers:
+    """Plays clients in persistent worker processes of one thread each; data, broadcast and replies cross in shared memory."""
+
+    def __init__(self, plan: Plan, count: int) -> None:
+        self.states: dict[int, bytes] = {}
+        self.flops = 0
+        self._plan, self._layout = plan, plan.spec.layout
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a second thread here would take a core from a worker
+        self._sent = Arena(_BROADCASTS * _room(self._layout))
+        self._peaks = [0] * count
+        shared = _shared(plan)
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._slots: list[Arena] = []
+        self._processes = []
+        with _OneThreadEach():
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                slots = Arena(2 * _room(self._layout))
+                process = context.Process(
+                    target=_work, args=(theirs, ours, shared, self._sent, slots, os.getpid()), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._slots.append(slots)
+                self._processes.append(process)
+        self.peak_memory()  # wait until all are ready
+
+    def exchange(self, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes | bytearray | Lost]]:
+        """Carry each client's request to it; yield the replies in ascending client id."""
+        order = sorted(requests)
+        places = self._place(requests)
+        depth = 2 if len(order) >= 8 * len(self._pipes) else 1
+        queued = [0] * len(self._pipes)
+        ready: dict[int, bytes | bytearray | Lost] = {}
+        handed = 0
+        for done, client in enumerate(order):
+            while client not in ready:
+                while handed < min(len(order), done + AHEAD * len(self._pipes)) and min(queued) < depth:
+                    worker = queued.index(min(queued))
+                    request = requests[order[handed]]
+                    self._send(
+                        worker, ("client", order[handed], places.get(id(request), request), self.states.get(order[handed]))
+                    )
+                    queued[worker] += 1
+                    handed += 1
+                for worker in self._ready():
+                    answered, reply, mine, flops = self._receive(worker)
+                    queued[worker] -= 1
+                    self.flops += flops
+                    ready[answered] = self._fetch(worker, reply)
+                    if mine is not None:
+                        self.states[answered] = mine
+            yield client, ready.pop(client)
+
+    def evaluate(self, params: Params) -> Metrics:
+        """Evaluate on the server's test examples, in pieces spread over the workers."""
+        np.frombuffer(self._sent.view, dtype=np.float32, count=self._layout.size)[:] = params.flat.numpy()
+        for worker in range(len(self._pipes)):
+            self._send(worker, ("evaluate", list(range(worker, _shards(self._plan), len(self._pipes)))))
+        pieces: dict[int, Metrics] = {}
+        for worker in range(len(self._pipes)):
+            pieces.update(self._receive(worker))
+        return sum((pieces[shard] for shard in sorted(pieces)), Metrics(0, 0.0, 0))
+
+    def peak_memory(self) -> int:
+        """Largest resident memory so far, in bytes, summed over processes."""
+        for worker in range(len(self._pipes)):
+            self._send(worker, ("memory",))
+            self._peaks[worker] = self._receive(worker)
+        return peak_memory() + sum(self._peaks)
+
+    def close(self) -> None:
+        """End the workers."""
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
+            process.kill()
+            pipe.close()
+        for process in self._processes:
+            process.join()
+        torch.set_num_threads(self._threads)
+
+    def _place(self, requests: Mapping[int, bytes]) -> dict[int, tuple[int, int]]:
+        """Put the payloads that several clients get into shared memory; return where each stands: id -> (begin, end)."""
+        places: dict[int, tuple[int, int]] = {}
+        begin = 0
+        distinct = {id(payload): payload for payload in requests.values()}
+        for key, uses in Counter(map(id, requests.values())).items():
+            payload = distinct[key]
+            if uses > 1 and begin + len(payload) <= self._sent.nbytes:
+                self._sent.view[begin : begin + len(payload)] = payload
+                places[key] = (begin, begin + len(payload))
+                begin += -(-len(payload) // 64) * 64
+        for worker in range(len(self._pipes)):
+            self._send(worker, ("exchange",))
+        return places
+
+    def _fetch(self, worker: int, reply: Any) -> bytes | bytearray | Lost:
+        if isinstance(reply, tuple):
+            begin, end = reply
+            return bytearray(self._slots[worker].view[begin:end])
+        return reply  # type: ignore[no-any-return]
+
+    def _ready(self) -> list[int]:
+        """Wait until a worker has something to say; return which."""
+        found = wait(self._pipes)
+        return [worker for worker, pipe in enumerate(self._pipes) if pipe in found]
+
+    def _send(self, worker: int, task: tuple[Any, ...]) -> None:
+        try:
+            self._pipes[worker].send(task)
+        except OSError:
+            raise self._died(worker) from None
+
+    def _receive(self, worker: int) -> Any:
+        try:
+            answer = self._pipes[worker].recv()
+        except (EOFError, OSError):
+            raise self._died(worker) from None
+        if isinstance(answer, _Failure):
+            raise RuntimeError(f"a worker failed\n{answer.text}")
+        return answer
+
+    def _died(self, worker: int) -> FedsieveError:
+        self._processes[worker].join(timeout=1)
+        code = self._processes[worker].exitcode
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return FedsieveError(f"worker {worker} ended unexpectedly ({how}); if memory ran out, use fewer engine.workers.")
+
+
+def peak_memory() -> int:
+    """Return this process's largest resident memory so far, in bytes."""
+    with suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What a worker says when it meets an error that is no client's."""
+
+    text: str
+
+
+_BROADCASTS = 8
+"""dense payloads that the block for shared requests holds; further ones go through the pipe"""
+
+
+def _room(layout: Layout) -> int:
+    """Bytes that a dense payload of the layout surely fits in."""
+    return 4 * layout.size + layout.maskable // 8 + (1 << 16)
+
+
+def _lost(error: Exception) -> Lost:
+    return Lost(str(error), diverged=isinstance(error, Diverged))
+
+
+def _shards(plan: Plan) -> int:
+    return -(-len(plan.federation.test) // SHARD)
+
+
+def _evaluate(device: Device, plan: Plan, params: Params, shard: int) -> Metrics:
+    test = plan.federation.test
+    return device.executor.evaluate(params, test, np.arange(shard * SHARD, min(len(test), (shard + 1) * SHARD)))
+
+
+class _OneThreadEach:
+    """Environment in which workers start: one thread for every numeric library."""
+
+    _names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+    def __enter__(self) -> None:
+        self._before = {name: os.environ.get(name) for name in self._names}
+        os.environ.update(dict.fromkeys(self._names, "1"))
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _shared(plan: Plan) -> tuple[Plan, dict[str, SharedTensor]]:
+    """Split a plan into what is pickled for each worker and tensors that all workers share."""
+    data = plan.federation
+    tensors = {"x": data.train.x, "y": data.train.y, "test_x": data.test.x, "test_y": data.test.y}
+    empty = torch.empty(0)
+    bare = replace(data, train=replace(data.train, x=empty, y=empty), test=replace(data.test, x=empty, y=empty))
+    return replace(plan, federation=bare), {name: SharedTensor(tensor) for name, tensor in tensors.items()}
+
+
+def _whole(plan: Plan, tensors: Mapping[str, SharedTensor]) -> Plan:
+    data = plan.federation
+    train: Examples = replace(data.train, x=tensors["x"].tensor(), y=tensors["y"].tensor())
+    test: Examples = replace(data.test, x=tensors["test_x"].tensor(), y=tensors["test_y"].tensor())
+    return replace(plan, federation=replace(data, train=train, test=test))
+
+
+def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots: Arena, parent_pid: int) -> None:
+    """Run a worker: take tasks until the server's end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent.close()
+    _die_with(parent_pid)
+    _keep_freed_memory()
+    torch.set_num_threads(1)
+    try:
+        plan = _whole(*shared)
+        device = Device(plan)
+        room, turn = slots.nbytes // 2, 0
+        views: dict[tuple[int, int], memoryview] = {}
+        while True:
+            task = pipe.recv()
+            if task[0] == "exchange":
+                views = {}
+            elif task[0] == "evaluate":
+                params = Params(plan.spec.layout, torch.from_numpy(np.frombuffer(sent.view, np.float32, plan.spec.layout.size)))
+                pipe.send({shard: _evaluate(device, plan, params, shard) for shard in task[1]})
+            elif task[0] == "memory":
+                pipe.send(peak_memory())
+            else:
+                _, client, place, mine = task
+                payload: bytes | memoryview = place
+                if isinstance(place, tuple):
+                    payload = views.setdefault(place, sent.view[place[0] : place[1]].toreadonly())
+                before = device.executor.flops
+                turn = 1 - turn
+                reply, mine = _play(device, client, payload, mine, slots.view[turn * room : (turn + 1) * room], turn * room)
+                pipe.send((client, reply, mine, device.executor.flops - before))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except BaseException:
+        with suppress(OSError):
+            pipe.send(_Failure(traceback.format_exc()))
+
+
+def _play(
+    device: Device, client: int, payload: bytes | memoryview, mine: bytes | None, slot: memoryview, begin: int
+) -> tuple[Any, bytes | None]:
+    """Play one client; return where in the slots the reply stands, or the reply itself if it has no room there."""
+    try:
+        message, mine = device.answer(client, payload, mine)
+        size = packed_size(message)
+        if size > len(slot):
+            whole = bytearray(size)
+            pack_into(message, memoryview(whole))
+            return bytes(whole), mine
+        pack_into(message, slot[:size])
+        return (begin, begin + size), mine
+    except (FedsieveError, WireError) as error:
+        return _lost(error), None
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process when the server's process ends, however that ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of returning it after each step: saves hundreds of page faults a step."""
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings for large blocks
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back

@@ -1,0 +1,80 @@
+"""SGD on flat vectors, and the learning rate over the rounds."""
+
+from __future__ import annotations
+
+from math import cos, pi
+
+import torch
+from torch import Tensor
+
+from fedsieve.settings import Local
+
+
+def rate(local: Local, round: int, rounds: int) -> float:
+    """Learning rate of a round in 1..rounds."""
+    if local.schedule == "cosine":
+        return local.lr * 0.5 * (1.0 + cos(pi * (round - 1) / rounds))
+    if local.schedule == "exponential":
+        return local.lr * local.decay ** (round - 1)
+    return local.lr
+
+
+class Sgd:
+    """One client's optimiser over the flat trainable vector, in place.
+
+        g = gradient + weight_decay * w + proximal * (w - anchor), zero where pruned;  v = momentum * v + g
+        w -= lr * (g + momentum * v if nesterov else v)
+
+    The rule is that of Sutskever et al. 2013 in the form common to deep-learning libraries (v starts at the first gradient).
+    With a mask, weights and momentum that start on the support stay on it exactly, after every step. The plain rule moves each
+    tensor by its own gradient, without a pass through the flat gradient: bit for bit the same.
+
+    Args:
+        local: momentum, nesterov, weight_decay.
+        lr: learning rate.
+        weights: shape (trainable,), and its views, one a tensor.
+        gradient: shape (trainable,), and its views; working memory.
+        velocity: shape (trainable,); None without momentum.
+        support: shape (maskable,), 0.0 or 1.0; None without a mask.
+        proximal: weight of (1/2)||w - anchor||^2 (FedProx: Li et al. 2020, arXiv 1812.06127, equation 2).
+    """
+
+    def __init__(
+        self,
+        local: Local,
+        lr: float,
+        weights: tuple[Tensor, list[Tensor]],
+        gradient: tuple[Tensor, list[Tensor]],
+        velocity: Tensor | None,
+        support: Tensor | None,
+        proximal: float,
+    ) -> None:
+        self._local, self._lr, self._proximal, self._velocity = local, lr, proximal, velocity
+        (self._weights, self._weight_views), (self._gradient, self._gradient_views) = weights, gradient
+        self._masked = None if support is None else (self._gradient[: len(support)], support)
+        self._anchor = self._weights.clone() if proximal else None
+        self._plain = velocity is None and support is None and not proximal and not local.weight_decay
+
+    @torch.no_grad()
+    def step(self, gradients: tuple[Tensor, ...]) -> None:
+        """Move the weights by one step along the gradients of the tensors, in the order of the views."""
+        if self._plain:
+            torch._foreach_add_(self._weight_views, gradients, alpha=-self._lr)
+            return
+        torch._foreach_copy_(self._gradient_views, gradients)
+        weights, gradient = self._weights, self._gradient
+        if self._local.weight_decay:
+            gradient.add_(weights, alpha=self._local.weight_decay)
+        if self._anchor is not None:
+            gradient.add_(weights, alpha=self._proximal).sub_(self._anchor, alpha=self._proximal)
+        if self._masked is not None:
+            masked, support = self._masked
+            masked.mul_(support)
+        if self._velocity is None:
+            weights.add_(gradient, alpha=-self._lr)
+            return
+        self._velocity.mul_(self._local.momentum).add_(gradient)
+        if self._local.nesterov:
+            weights.add_(gradient, alpha=-self._lr).add_(self._velocity, alpha=-self._lr * self._local.momentum)
+        else:
+            weights.add_(self._velocity, alpha=-self._lr)

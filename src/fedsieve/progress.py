@@ -1,0 +1,64 @@
+"""What a run says while it goes: one live line on a terminal, one plain line a round elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Watch:
+    """Shows the row of each round. Use as a context manager, and as `fit`'s `watch`."""
+
+    def __init__(self, rounds: int) -> None:
+        self.console = Console(soft_wrap=not sys.stdout.isatty())
+        self.round, self._rounds = 0, rounds
+        self._up = self._down = 0
+        self._accuracy = "   -  "
+        self._bar = None
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("round"),
+                MofNCompleteColumn(),
+                BarColumn(16),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[said]}"),
+            )
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task("", total=rounds, said="")
+
+    def __enter__(self) -> Watch:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the live line as it is."""
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        """Show a round."""
+        self.round = row["round"]
+        self._up += row["bytes_up"]
+        self._down += row["bytes_down"]
+        if row["accuracy"] is not None:
+            self._accuracy = f"{row['accuracy']:6.2%}"
+        lost = f"  lost {len(row['lost'])}" if row["lost"] else ""
+        said = f"acc {self._accuracy} density {row['density']:.3f} up {megabytes(self._up)} down {megabytes(self._down)}{lost}"
+        if self._bar:
+            self._bar.update(self._task, completed=self.round, said=said)
+        else:
+            print(f"round {self.round}/{self._rounds}  {said}  {row['seconds']:.2f} s", flush=True)
+
+
+def megabytes(nbytes: int) -> str:
+    """Return a number of bytes in megabytes of 10**6."""
+    return f"{nbytes / 1e6:.2f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"

@@ -1,0 +1,1 @@
+"""What a run left behind: read it (`records`), tabulate it (`table`), draw it on one page (`page`)."""

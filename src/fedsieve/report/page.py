@@ -1,0 +1,912 @@
+"""Pages of runs: one HTML file each, without scripts, that opens without a network; beside a report its tables in Markdown.
+
+Plots are drawn by matplotlib as SVG and stand in the page itself. Their text stays text (in the reader's own font, to be
+searched and read aloud), and their colours become CSS variables, so that one drawing serves light, dark and print. Lines
+are told apart by letters at their ends, not by colour alone. Equal run folders give equal pages, byte for byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from itertools import accumulate
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from fedsieve.errors import UsageError
+from fedsieve.report.records import Outcome, Run, differences, flat, groups, names, number, outcome, read, show
+from fedsieve.report.table import digits, markdown, printable, rows, size, summary_markdown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 560
+"""width of a plot, in the units of its view box: CSS pixels where the column is that wide"""
+MOST_POINTS = 300
+MOST_BARS = 60
+MOST_CLIENTS = 200
+MOST_LOST = 50
+
+_INK, _MUTED, _RULE, _PAPER = "#1b1f24", "#59636e", "#d9dee4", "#fffffe"
+_HUES = ("#0072b2", "#c2500a", "#007a5a", "#9c3f86", "#96680a", "#4a525b")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+_PHASES = {"train": _HUES[0], "masks": _HUES[1], "setup": _HUES[2], "control": _HUES[3], "eval": _HUES[5]}
+_VARIABLES = {_INK: "ink", _MUTED: "muted", _RULE: "rule", _PAPER: "paper"} | {h: f"hue{i}" for i, h in enumerate(_HUES)}
+_DARK = {
+    **{"ink": "#e8ebee", "muted": "#a3adb8", "rule": "#343b43", "paper": "#14181d"},
+    **{"hue0": "#5ab4ec", "hue1": "#ff9057", "hue2": "#3ecb9f", "hue3": "#e392cf", "hue4": "#e6b84a", "hue5": "#c3cad2"},
+}
+
+
+def write_report(folder: Path) -> Path:
+    """Write `folder`/report.html, and report.md with the same tables; return the path of the page.
+
+    Raises:
+        UsageError: `folder` is no run folder, or cannot be written to.
+        DataError: one of its files is damaged.
+    """
+    run = read(folder)
+    path = run.folder / "report.html"
+    _write(path, _report(run))
+    _write(path.with_suffix(".md"), _report_markdown(run))
+    return path
+
+
+def write_comparison(folders: Sequence[Path], out: Path) -> Path:
+    """Write one page that compares runs to the file `out`; return its path.
+
+    Runs that differ only in their seed are drawn as the line of their mean with a band from the least to the greatest.
+
+    Raises:
+        UsageError: no folder is given, one is no run folder, or `out` cannot be written.
+        DataError: a file of a run is damaged.
+    """
+    if not folders:
+        raise UsageError("no run folder was given to compare; name one or more, for example: fedsieve compare runs/a runs/b")
+    runs = [read(folder) for folder in {Path(folder).resolve(): Path(folder) for folder in folders}.values()]
+    _write(Path(out), _comparison(runs))
+    return Path(out)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}. Give a file in a folder that you may write to."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ pages
+
+
+def _report(run: Run) -> str:
+    came, data, model = outcome(run), _setting(run, "data.name", "dataset"), _setting(run, "model.name", "model")
+    lost = [(row["round"], client, reason) for row in run.rows for client, reason in (row.get("lost") or {}).items()]
+    parts = [
+        f'<header><p class="kicker">Federated run · <span class="status {_tone(came)}">{_text(came.status)}</span></p>'
+        f"<h1>{_text(run.label)}</h1><p>{_text(_sentence(run, data, model))}</p></header>",
+        _tiles(run, came),
+        _section("Accuracy", _accuracy_figures(run)),
+        _section("Density", [_density_figure(run), _layers_figure(run)]),
+        _section("Communication", [_phases_figure(run), _phases_table(run)]),
+        _section("Data and result", [_labels_figure(run) if run.partition else "", _result_table(run)]),
+        _section(f"Lost clients ({len(lost)})", [_lost_html(lost)] if lost else [], columns=False),
+        _section("How it was run", [_settings_html(run)], columns=False),
+    ]
+    return _page(f"{run.label} on {data}", parts)
+
+
+def _comparison(runs: Sequence[Run]) -> str:
+    lines = _lines_of(runs)
+    differing = differences(runs)
+    if not differing:
+        said = "The settings of these runs are the same."
+    else:
+        keys = ", ".join(f"<code>{_text(key)}</code>" for key in differing)
+        said = f"These runs differ in {len(differing)} setting{'s' * (len(differing) > 1)}: {keys}."
+    shared = [f"{word} {show(flat(runs[0].config)[key])}" for word, key in (("data", "data.name"), ("model", "model.name"))
+              if key not in differing and key in flat(runs[0].config)]  # fmt: skip
+    parts = [
+        f'<header><p class="kicker">{_text(" · ".join(["Comparison", *shared]))}</p>'
+        f"<h1>{len(runs)} federated run{'s' * (len(runs) != 1)}</h1><p>{said}</p></header>",
+        _section("Results", [_results_html(runs, lines)], columns=False),
+        _key(lines),
+        _section("Accuracy", _accuracy_comparison(lines)),
+        _section("Density and communication", [_density_comparison(lines), _phases_comparison(lines)]),
+        _section("Settings that differ", [_differences_html(lines)] if differing else [], columns=False),
+    ]
+    return _page(f"Comparison of {len(runs)} runs", parts)
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    body = "\n".join(part for part in parts if part)
+    counter = iter(range(1, 1000))
+    body = re.sub(r'(<svg class="plot".*?</svg>)', lambda found: _with_ids(found[1], f"p{next(counter)}-"), body, flags=re.S)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        f'<link rel="icon" href="data:,">\n<title>{_text(title)}</title>\n<style>\n{_style()}</style>\n</head>\n'
+        f"<body>\n<main>\n{body}\n"
+        "<footer>Accuracy is measured on test examples. A megabyte (MB) is a million bytes. Bytes are the lengths of the "
+        "messages carried; evaluation is not counted in the totals. Density is the share of the prunable weights that are "
+        "kept.</footer>\n"
+        "</main>\n</body>\n</html>\n"
+    )
+
+
+def _style() -> str:
+    light = "".join(f"--{name}:{colour};" for colour, name in _VARIABLES.items())
+    dark = "".join(f"--{name}:{colour};" for name, colour in _DARK.items())
+    return f":root{{{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{_CSS}"
+
+
+_CSS = """\
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
+"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums;-webkit-text-size-adjust:100%}
+main{max-width:1200px;margin:0 auto;padding:32px 24px 48px}
+header{margin-bottom:24px}
+header p{margin:0;max-width:96ch;color:var(--muted)}
+header code{color:var(--ink)}
+.kicker{font-size:14px;color:var(--muted)}
+h1{margin:2px 0 6px;font-size:30px;line-height:1.2;letter-spacing:-.01em;overflow-wrap:anywhere}
+h2{margin:0 0 16px;padding-top:14px;border-top:1px solid var(--rule);font-size:20px;line-height:1.3}
+section{margin-top:24px}
+.columns{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:32px 40px;align-items:start}
+.status{font-weight:600;color:var(--ink)}
+.status::before{content:"";display:inline-block;width:.6em;height:.6em;margin-right:.4em;border-radius:50%;background:var(--tone)}
+.good{--tone:var(--hue2)}.fair{--tone:var(--hue4)}.bad{--tone:var(--hue1)}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:14px 20px;margin:0;
+padding:14px 0;border-top:1px solid var(--rule)}
+.tiles dt{font-size:14px;color:var(--muted)}
+.tiles dd{margin:0}
+.tiles dd.value{font-size:28px;line-height:1.25;font-weight:600;letter-spacing:-.01em;white-space:nowrap}
+.tiles small{font-size:16px;font-weight:400;color:var(--muted);letter-spacing:0}
+.tiles dd.note{font-size:13px;color:var(--muted);line-height:1.4}
+figure{margin:0;break-inside:avoid}
+.columns figure{display:grid;grid-template-rows:subgrid;grid-row:span 2;row-gap:0}
+.columns{row-gap:0}.columns figure{margin-bottom:20px}
+h3{margin:0;font-size:16px;line-height:1.35}
+figcaption p{margin:2px 0 8px;font-size:14px;line-height:1.45;color:var(--muted)}
+svg.plot{display:block;width:100%;height:auto;overflow:visible}
+svg.plot image{image-rendering:pixelated}
+.none{margin:0;padding:32px 16px;border:1px dashed var(--rule);color:var(--muted);text-align:center}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:15px;line-height:1.4}
+table.wide{width:100%}
+th,td{padding:5px 20px 5px 0;text-align:left;vertical-align:baseline;border-bottom:1px solid var(--rule)}
+th:last-child,td:last-child{padding-right:0}
+thead th{font-weight:600;font-size:14px;color:var(--muted);border-bottom-color:var(--muted);vertical-align:bottom}
+tbody th{font-weight:400}
+.wide tbody th{min-width:8em}
+td.n,th.n{text-align:right;white-space:nowrap}
+td.any{overflow-wrap:anywhere}
+tr.sum td,tr.sum th{font-weight:600;border-bottom:0;border-top:1px solid var(--muted)}
+.key{display:flex;flex-wrap:wrap;gap:2px 22px;margin:32px 0 -12px;padding:8px 0;background:var(--paper);font-size:14px;
+border-bottom:1px solid var(--rule)}
+.key span{display:inline-flex;align-items:center;gap:7px}
+.mark{display:inline-flex;align-items:center;gap:7px;font-weight:700;margin-right:8px;white-space:nowrap}
+.swatch{width:26px;height:10px;flex:none}
+.swatch.box{width:12px;height:12px}
+figcaption .phases{display:flex;flex-wrap:wrap;gap:2px 16px;color:var(--ink)}
+.phases span{display:inline-flex;align-items:center;gap:6px}
+details{margin-top:16px}
+summary{cursor:pointer;padding:6px 0;font-weight:600}
+pre{margin:6px 0;padding:12px 14px;overflow-x:auto;border:1px solid var(--rule);font:13px/1.5 ui-monospace,SFMono-Regular,
+Menlo,Consolas,monospace}
+code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.9em}
+footer{margin-top:40px;padding-top:12px;border-top:1px solid var(--rule);font-size:13px;color:var(--muted)}
+@media (min-width:801px) and (min-height:600px){.key{position:sticky;top:0;z-index:1}}
+@media (max-width:800px){.columns{grid-template-columns:minmax(0,1fr)}main{padding:20px 16px 32px}h1{font-size:24px}
+.tiles{grid-template-columns:repeat(2,1fr)}.tiles dd.value{font-size:24px}}
+@media print{body{font-size:11pt}main{max-width:none;padding:0}section{margin-top:20px}h2,h3{break-after:avoid}
+.key{position:static}}
+"""
+
+
+def _section(title: str, parts: Sequence[str], *, columns: bool = True) -> str:
+    found = "\n".join(part for part in parts if part)
+    if not found:
+        return ""
+    found = f'<div class="columns">\n{found}\n</div>' if columns else found
+    return f"<section>\n<h2>{_text(title)}</h2>\n{found}\n</section>"
+
+
+def _figure(title: str, caption: str, drawing: str, above: str = "") -> str:
+    """Return a plot or a table under its title; without a drawing the caption says why there is none."""
+    if not drawing:
+        return f'<figure><figcaption><h3>{_text(title)}</h3></figcaption><p class="none">{_text(caption)}</p></figure>'
+    if drawing.startswith("<svg "):
+        said = _text(f"{title}. {caption}")
+        drawing = f'<svg class="plot" role="img" aria-label="{said}" {drawing.removeprefix("<svg ")}'
+    return f"<figure><figcaption><h3>{_text(title)}</h3><p>{_text(caption)}</p>{above}</figcaption>{drawing}</figure>"
+
+
+def _table(
+    head: Sequence[str], body: Sequence[Sequence[str]], *, words: Sequence[int] = (0,), last_is_sum: bool = False
+) -> str:
+    """Return a table of cells that are HTML already; columns not in `words` are numbers, aligned to the right."""
+    kind = ["" if i in words else ' class="n"' for i in range(len(head))]
+    lines = ["<tr>" + "".join(f'<th scope="col"{k}>{cell}</th>' for k, cell in zip(kind, head, strict=True)) + "</tr>"]
+    for i, row in enumerate(body):
+        total = ' class="sum"' if last_is_sum and i == len(body) - 1 else ""
+        cells = "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kind[1:], row[1:], strict=True))
+        lines.append(f'<tr{total}><th scope="row">{row[0]}</th>{cells}</tr>')
+    return f'<div class="scroll"><table class="wide"><thead>{lines[0]}</thead><tbody>{"".join(lines[1:])}</tbody></table></div>'
+
+
+def _pairs(cells: dict[str, Any]) -> str:
+    lines = "".join(f'<tr><th scope="row">{_text(k)}</th><td class="any">{_text(show(v))}</td></tr>' for k, v in cells.items())
+    return f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'
+
+
+def _text(value: Any) -> str:
+    return escape(printable(str(value)), quote=True)
+
+
+# ------------------------------------------------------------------------------------------------ one run
+
+
+def _setting(run: Run, key: str, total: str) -> str:
+    return str(flat(run.config).get(key) or run.summary.get(total) or "unknown")
+
+
+def _tone(came: Outcome) -> str:
+    return {"done": "good", "diverged": "bad"}.get(came.status, "fair")
+
+
+def _sentence(run: Run, data: str, model: str) -> str:
+    config = flat(run.config)
+    clients = (run.partition or {}).get("clients") or config.get("data.clients")
+    split = show(config.get("data.partition"))
+    skew = f" with alpha {show(config.get('data.alpha'))}" if split in ("dirichlet", "quantity") else ""
+    text = f"Model {model} on {data}"
+    if clients:
+        cohort = config.get("engine.cohort") or "all"
+        text += f", {clients} client{'s' * (clients != 1)} ({split} partition{skew}, {cohort} in each round)"
+    return f"{text}. Folder {run.folder.resolve().name}."
+
+
+def _tiles(run: Run, came: Outcome) -> str:
+    tops = [row["round"] for row in run.rows if number(row.get("accuracy")) is not None and row["accuracy"] == came.best]
+    once = sum(row.get("bytes_down_once", 0) for row in run.rows)
+    codec = sum(number(row.get("codec_seconds")) or 0.0 for row in run.rows)
+    planned = flat(run.config).get("engine.rounds")
+    parameters = run.summary.get("parameters")
+    best = "not evaluated" if came.best is None else f"best {100 * came.best:.1f} %" + (f", round {tops[0]}" if tops else "")
+    accuracy = "–" if came.accuracy is None else f"{100 * came.accuracy:.1f}"
+    density = "–" if came.density is None else digits(came.density, "share")
+    up, down = came.bytes_up / 1e6, came.bytes_down / 1e6
+    tiles = [
+        ("Test accuracy", accuracy, "%" if came.accuracy is not None else "", best),
+        ("Density", density, "", f"model of {parameters:,} parameters" if parameters else ""),
+        ("Uplink", digits(up), "MB", f"{digits(up / max(came.rounds, 1))} MB a round"),
+        ("Downlink", digits(down), "MB", f"{digits(once / 1e6)} MB as one broadcast to all" if once else ""),
+        ("Rounds", f"{came.rounds:,}", "", f"of {planned:,} planned" if planned and planned != came.rounds else "as planned"),
+        ("Time", digits(came.seconds), "s", f"{digits(codec)} s of it packing and unpacking" if codec else ""),
+    ]
+    cells = "".join(
+        f'<div><dt>{title}</dt><dd class="value">{_text(value)}{f" <small>{unit}</small>" if unit else ""}</dd>'
+        f'<dd class="note">{_text(note)}</dd></div>'
+        for title, value, unit, note in tiles
+    )
+    return f'<dl class="tiles">{cells}</dl>'
+
+
+def _accuracy_figures(run: Run) -> list[str]:
+    titles = ("Accuracy against round", "Accuracy against megabytes carried")
+    curve = _curve(run)
+    if not curve.accuracy:
+        why = "No round has been evaluated." if run.rows else "No round has been completed."
+        return [_figure(title, why, "") for title in titles]
+    lines = [Line("test", curve.rounds, curve.accuracy, _HUES[0])]
+    caption = "Test accuracy of the server's model after each evaluated round."
+    clients = [(row["round"], row["client_accuracy"]) for row in run.rows if row.get("client_accuracy")]
+    clients = [(x, found) for x, found in clients if all(number(found.get(key)) is not None for key in ("p10", "mean", "p90"))]
+    if clients:
+        low, middle, high = ([100 * found[key] for _, found in clients] for key in ("p10", "mean", "p90"))
+        lines.append(Line("clients", [x for x, _ in clients], middle, _HUES[1], _DASHES[1], low, high))
+        caption += " Dashed: mean over the clients' own test examples; band: 10th to 90th percentile of the clients."
+    first = _figure(titles[0], caption, _plot(lines, "round", "accuracy (%)", percent=True, whole=True))
+    caption = "The same test accuracy against all bytes carried so far, uplink and downlink, without evaluation."
+    second = _plot([Line("test", curve.megabytes, curve.accuracy, _HUES[0])], "MB up + down", "accuracy (%)", percent=True)
+    return [first, _figure(titles[1], caption, second)]
+
+
+def _density_figure(run: Run) -> str:
+    points = [(row["round"], value) for row in run.rows if (value := number(row.get("density"))) is not None]
+    if not points:
+        return _figure("Density over the rounds", "No density was recorded.", "")
+    log = _far_apart([y for _, y in points])
+    line = Line("", [x for x, _ in points], [y for _, y in points], _HUES[0])
+    axis = "density (log scale)" if log else "density"
+    caption = f"Share of the prunable weights that are kept: {digits(points[-1][1], 'share')} after round {points[-1][0]}."
+    return _figure("Density over the rounds", caption, _plot([line], "round", axis, whole=True, logy=log))
+
+
+def _layers_figure(run: Run) -> str:
+    found = [(row["round"], row["densities"]) for row in run.rows if row.get("densities")]
+    if not found:
+        return ""
+    last, densities = found[-1]
+    shown = list(densities.items())[:MOST_BARS]
+    caption = f"Share of each layer's weights that is kept after round {last}, from input to output."
+    if len(shown) < len(densities):
+        caption += f" The first {len(shown)} of {len(densities)} layers."
+    with _canvas(28 + (22 if len(shown) <= 25 else 15) * len(shown)) as drawing:
+        labels = [_shorten(name, 30) for name, _ in shown]
+        axes = drawing.axes(left=14 + 6.4 * max(map(len, labels)), right=52, bottom=24, top=4)
+        axes.barh(range(len(shown)), [density for _, density in shown], height=0.66, color=_HUES[0], linewidth=0)
+        axes.set(xlim=(0, 1), ylim=(len(shown) - 0.4, -0.6))
+        axes.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "0.25", "0.5", "0.75", "1"))
+        axes.set_yticks(range(len(shown)), labels, fontsize=12 if len(shown) <= 25 else 10, color=_INK)
+        axes.grid(visible=False, axis="y")
+        for i, (_, density) in enumerate(shown):
+            axes.annotate(digits(density, "share"), (density, i), (5, 0), textcoords="offset points", va="center", color=_INK)
+    return _figure("Density of each layer", caption, drawing.svg)
+
+
+def _phases(run: Run) -> list[str]:
+    return [p for p in _PHASES if any(_carried(row, p, way) for row in run.rows for way in ("up", "down"))]
+
+
+def _carried(row: dict[str, Any], phase: str, way: str) -> float:
+    """Return the megabytes of one round, phase and direction."""
+    return float(((row.get("phases") or {}).get(phase) or {}).get(way, 0)) / 1e6
+
+
+def _total(run: Run, phases: Sequence[str], way: str) -> float:
+    return sum(_carried(row, phase, way) for row in run.rows for phase in phases)
+
+
+def _phases_figure(run: Run) -> str:
+    phases = _phases(run)
+    title = "Megabytes in each round, by phase"
+    if not phases:
+        return _figure(title, "No bytes were carried." if run.rows else "No round has been completed.", "")
+    step = -(-len(run.rows) // 120)
+    chunks = [run.rows[i : i + step] for i in range(0, len(run.rows), step)]
+    edges = [chunk[0]["round"] - 0.5 for chunk in chunks] + [run.rows[-1]["round"] + 0.5]
+    with _canvas(320) as drawing:
+        panels = [drawing.axes(left=48, right=8, bottom=182, top=20), drawing.axes(left=48, right=8, bottom=40, top=162)]
+        for axes, way, name in zip(panels, ("up", "down"), ("uplink", "downlink"), strict=True):
+            base = [0.0] * len(chunks)
+            for phase in phases:
+                top = [b + mean(_carried(row, phase, way) for row in chunk) for b, chunk in zip(base, chunks, strict=True)]
+                axes.stairs(top, edges, baseline=base, fill=True, facecolor=_PHASES[phase], linewidth=0)
+                base = top
+            axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.08 * max(base) or 1))
+            axes.set_title(f"{name}, MB a round", loc="left", fontsize=13, color=_MUTED, pad=5)
+            axes.locator_params(axis="y", nbins=4)
+            _whole(axes)
+        panels[0].tick_params(labelbottom=False)
+        panels[1].set_xlabel("round")
+    caption = "Messages carried in each round; the two panels have their own scales."
+    caption += f" Each step is the mean of {step} rounds." if step > 1 else ""
+    return _figure(title, caption, drawing.svg, _phase_key(phases))
+
+
+def _phase_key(phases: Sequence[str]) -> str:
+    return (
+        '<p class="phases">'
+        + "".join(
+            f'<span><svg class="swatch box" viewBox="0 0 12 12" aria-hidden="true"><rect width="12" height="12" '
+            f'style="fill: {_coloured(_PHASES[phase])}"/></svg>{phase}{" (not in the totals)" * (phase == "eval")}</span>'
+            for phase in phases
+        )
+        + "</p>"
+    )
+
+
+def _phase_rows(run: Run) -> list[tuple[str, str, str]]:
+    phases = _phases(run)
+    named = [(phase + " (not in the total)" * (phase == "eval"), [phase]) for phase in phases]
+    named += [("total", [phase for phase in phases if phase != "eval"])] * bool(phases)
+    return [(name, digits(_total(run, which, "up")), digits(_total(run, which, "down"))) for name, which in named]
+
+
+def _phases_table(run: Run) -> str:
+    lines = _phase_rows(run)
+    if not lines:
+        return ""
+    once = sum(row.get("bytes_down_once", 0) for row in run.rows) / 1e6
+    note = f" Counting each distinct broadcast once, the downlink is {digits(once)} MB." if once else ""
+    caption = f"Downlink is counted once for each client that receives it.{note}"
+    return _figure("Megabytes in total, by phase", caption, _table(["phase", "MB up", "MB down"], lines, last_is_sum=True))
+
+
+def _labels_figure(run: Run) -> str:
+    histogram = (run.partition or {}).get("histogram") or []
+    if not histogram or not histogram[0]:
+        return _figure("Labels of each client", "The partition holds no counts of labels.", "")
+    count = min(len(histogram), MOST_CLIENTS)
+    picked = [histogram[i * len(histogram) // count] for i in range(count)]
+    examples = [sum(counts) for counts in picked]
+    classes = len(picked[0])
+    shares = [[counts[k] / max(total, 1) for counts, total in zip(picked, examples, strict=True)] for k in range(classes)]
+    caption = "Above: training examples of each client. Below: the share that each label has of them."
+    if count < len(histogram):
+        caption += f" {count} of the {len(histogram):,} clients, evenly spaced."
+    with _canvas(340) as drawing:
+        from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+        colours = LinearSegmentedColormap.from_list("share", [to_rgba(_HUES[0], 0.03), to_rgba(_HUES[0], 1.0)])
+        bars = drawing.axes(left=58, right=66, bottom=270, top=8)
+        bars.stairs(examples, [i - 0.5 for i in range(count + 1)], fill=True, facecolor=_MUTED, linewidth=0)
+        bars.set(xlim=(-0.5, count - 0.5), ylim=(0, 1.1 * max(max(examples), 1)), ylabel="examples")
+        bars.locator_params(axis="y", nbins=3)
+        bars.tick_params(labelbottom=False)
+        bars.set_xticks([])
+        cells = drawing.axes(left=58, right=66, bottom=40, top=82)
+        cells.set(xlabel="client" if count == len(histogram) else "client (selection)", ylabel="label")
+        cells.grid(visible=False)
+        cells.locator_params(axis="y", integer=True, nbins=11)
+        _whole(cells)
+        if count < len(histogram):
+            where = [i * (count - 1) // 4 for i in range(5)]
+            cells.set_xticks(where, [str(i * len(histogram) // count) for i in where])
+        scale = drawing.axes(left=WIDTH - 50, right=36, bottom=40, top=182)
+        look: dict[str, Any] = {"cmap": colours, "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "none"}
+        cells.imshow(shares, **look)
+        scale.imshow([[1 - i / 63] for i in range(64)], extent=(0, 1, 0, 1), **look)
+        scale.set(xticks=(), yticks=(0, 0.5, 1), yticklabels=("0", "50 %", "100 %"))
+        scale.yaxis.tick_right()
+        scale.grid(visible=False)
+    return _figure("Labels of each client", caption, drawing.svg)
+
+
+def _summary_cells(run: Run) -> dict[str, str]:
+    cells = {"status": outcome(run).status, **rows([run])[0]}
+    cells.pop("folder")
+    last: dict[str, Any] = next((row["client_accuracy"] for row in reversed(run.rows) if row.get("client_accuracy")), {})
+    for key, word in (("mean", "mean over clients"), ("std", "sd over clients"), ("worst10", "worst tenth of the clients")):
+        if (value := number(last.get(key))) is not None:
+            cells[f"accuracy %, {word}"] = digits(100 * value, "percent")
+    if total := sum(row.get("examples", 0) for row in run.rows):
+        cells["training examples seen"] = f"{total:,}"
+    if total := sum(row.get("flops", 0) for row in run.rows):
+        cells["training GFLOPs, under the masks"] = digits(total / 1e9)
+    if peak := max((number(row.get("peak_memory_mb")) or 0.0 for row in run.rows), default=0.0):
+        cells["peak memory, MB"] = digits(peak)
+    return cells
+
+
+def _result_table(run: Run) -> str:
+    return _figure(
+        "The run in numbers", "At the last round, and in total; bytes without evaluation.", _pairs(_summary_cells(run))
+    )
+
+
+def _lost_html(lost: Sequence[tuple[int, str, str]]) -> str:
+    reasons: dict[str, int] = {}
+    for _, _, reason in lost:
+        reasons[reason] = reasons.get(reason, 0) + 1
+    counts = [(_text(reason), str(count)) for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
+    each = [(str(number), _text(client), _text(reason)) for number, client, reason in lost[:MOST_LOST]]
+    more = f"<p>and {len(lost) - MOST_LOST} more, in records.jsonl</p>" if len(lost) > MOST_LOST else ""
+    said = "<p>A lost reply counts no bytes up; what was sent to the client counts.</p>"
+    details = _table(["round", "client", "reason"], each, words=(0, 1, 2)) + more
+    return f"{said}{_table(['reason', 'times'], counts)}<details><summary>Each by round</summary>{details}</details>"
+
+
+def _settings_html(run: Run) -> str:
+    parts = []
+    facts: dict[str, Any] = {key: run.summary[key] for key in ("started", "config_hash") if key in run.summary}
+    facts |= flat({key: run.summary[key] for key in ("hardware", "versions") if isinstance(run.summary.get(key), dict)})
+    if facts:
+        parts.append(f"<details><summary>Versions and hardware</summary>{_pairs(facts)}</details>")
+    parts.append(f"<details open><summary>Settings (config.toml)</summary>{_pairs(flat(run.config))}</details>")
+    return "".join(reversed(parts))
+
+
+def _report_markdown(run: Run) -> str:
+    came = outcome(run)
+    data, model = _setting(run, "data.name", "dataset"), _setting(run, "model.name", "model")
+    parts = [
+        f"# {_md(run.label)}",
+        f"{_md(_sentence(run, data, model))} Status: {_md(came.status)}.",
+        summary_markdown([run]),
+    ]
+    extra = [(key, value) for key, value in _summary_cells(run).items() if key not in rows([run])[0] and key != "status"]
+    if extra:
+        parts.append(markdown(["more", ""], extra))
+    if lines := _phase_rows(run):
+        parts += ["## Megabytes by phase", markdown(["phase", "MB up", "MB down"], lines)]
+    last: dict[str, float] = next((row["densities"] for row in reversed(run.rows) if row.get("densities")), {})
+    if last:
+        parts += [
+            "## Density of each layer",
+            markdown(["layer", "density"], [(n, digits(d, "share")) for n, d in last.items()]),
+        ]
+    lost = [(str(row["round"]), str(c), str(why)) for row in run.rows for c, why in (row.get("lost") or {}).items()]
+    if lost:
+        parts += [f"## Lost clients ({len(lost)})", markdown(["round", "client", "reason"], lost[:MOST_LOST], right=False)]
+        parts += [f"and {len(lost) - MOST_LOST} more, in records.jsonl"] * (len(lost) > MOST_LOST)
+    settings = [(key, show(value)) for key, value in flat(run.config).items()]
+    parts += ["## Settings", markdown(["setting", "value"], settings, right=False)]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _md(text: str) -> str:
+    return re.sub(r"([\\`*_<>\[\]])", r"\\\1", printable(text))
+
+
+# ------------------------------------------------------------------------------------------------ several runs
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The evaluated rounds of a run: accuracy in percent, and what had been spent by then."""
+
+    rounds: list[float]
+    megabytes: list[float]
+    seconds: list[float]
+    accuracy: list[float]
+
+
+def _curve(run: Run) -> Curve:
+    carried = accumulate((row.get("bytes_up", 0) + row.get("bytes_down", 0)) / 1e6 for row in run.rows)
+    spent = accumulate(number(row.get("seconds")) or 0.0 for row in run.rows)
+    points = [
+        (float(row["round"]), megabytes, seconds, 100 * value)
+        for row, megabytes, seconds in zip(run.rows, carried, spent, strict=True)
+        if (value := number(row.get("accuracy"))) is not None
+    ]
+    return Curve(*(list(column) for column in zip(*points, strict=True))) if points else Curve([], [], [], [])
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Runs that differ only in their seed: one line of a comparison."""
+
+    mark: str
+    name: str
+    runs: list[Run]
+    colour: str
+    dash: Any
+
+
+def _lines_of(runs: Sequence[Run]) -> list[Group]:
+    together = groups(runs)
+    titles = names([group[0] for group in together], seed=False)
+    return [
+        Group(
+            mark=(chr(ord("A") + i // 26 - 1) if i >= 26 else "") + chr(ord("A") + i % 26),
+            name=title if len(group) == 1 else f"{title} ({size(group)})",
+            runs=group,
+            colour=_HUES[i % len(_HUES)],
+            dash=_DASHES[i // len(_HUES) % len(_DASHES)],
+        )
+        for i, (group, title) in enumerate(zip(together, titles, strict=True))
+    ]
+
+
+def _mark(line: Group) -> str:
+    dashes = "" if line.dash == "-" else f' stroke-dasharray="{" ".join(str(2 * length) for length in line.dash[1])}"'
+    return (
+        f'<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true"><path d="M0 5H26" fill="none" '
+        f'style="stroke: var(--{_VARIABLES[line.colour]})" stroke-width="2.5"{dashes}/></svg><b>{line.mark}</b>'
+    )
+
+
+def _key(lines: Sequence[Group]) -> str:
+    return '<div class="key">' + "".join(f"<span>{_mark(line)} {_text(line.name)}</span>" for line in lines) + "</div>"
+
+
+def _results_html(runs: Sequence[Run], lines: Sequence[Group]) -> str:
+    found = rows(runs, each=False)
+    head = [column for column in found[0] if column != "folder"]
+    body = [
+        [f'<span class="mark">{_mark(line)}</span>{_text(row["method"])}', *(_text(row[column]) for column in head[1:])]
+        for line, row in zip(lines, found, strict=True)
+    ]
+    every = [row for row in rows(runs) if row["folder"]]
+    cells = [[_text(row["method"]), *(_text(cell) for cell in list(row.values())[1:])] for row in every]
+    states = [_text(outcome(run).status) for line in lines for run in line.runs]
+    cells = [[*row[:1], state, *row[1:]] for row, state in zip(cells, states, strict=True)]
+    columns = ["run", "status", *list(every[0])[1:]]
+    unfinished = [run for run in runs if outcome(run).status != "done"]
+    warning = (
+        f"<p>{len(unfinished)} of the {len(runs)} runs did not end as done: see the status of each run.</p>"
+        if unfinished
+        else ""
+    )
+    return (
+        f"{_table([_text(c) for c in head], body)}{warning}"
+        f"<details><summary>Each run</summary>{_table(columns, cells, words=(0, 1, len(columns) - 1))}</details>"
+    )
+
+
+def _accuracy_comparison(lines: Sequence[Group]) -> list[str]:
+    band = " Line: mean over the seeds; band: least to greatest." if any(len(line.runs) > 1 for line in lines) else ""
+    log = _far_apart([curve.megabytes[-1] for line in lines for run in line.runs if (curve := _curve(run)).accuracy])
+    scale = " Log scale." if log else ""
+    figures = []
+    for kind, axis, caption in (
+        ("rounds", "round", "Test accuracy of the server's model at its evaluated rounds." + band),
+        ("megabytes", "MB up + down", "All bytes carried so far, without evaluation." + scale + band),
+        ("seconds", "seconds", "Wall time of the rounds, each on the machine of its run." + band),
+    ):
+        drawn = [line for line in (_merged(group, kind) for group in lines) if line is not None]
+        title = f"Accuracy against {'round' if kind == 'rounds' else kind}"
+        if not drawn:
+            return [_figure("Accuracy", "No run has been evaluated.", "")]
+        svg = _plot(drawn, axis, "accuracy (%)", percent=True, whole=kind == "rounds", logx=log and kind == "megabytes")
+        figures.append(_figure(title, caption, svg))
+        if kind == "megabytes":
+            ends = [replace(line, x=line.x[-1:], y=line.y[-1:], low=None, high=None) for line in drawn]
+    caption = "Where each run ended: up and to the left is better." + (" Mean over the seeds." if band else "") + scale
+    svg = _plot(ends, "MB up + down", "accuracy (%)", percent=True, logx=log)
+    return [*figures, _figure("Last accuracy against megabytes", caption, svg)]
+
+
+def _far_apart(values: Sequence[float]) -> bool:
+    """Return whether the values are positive and span more than a factor of ten, so that a log scale shows them better."""
+    return bool(values) and 0 < 10 * min(values) < max(values)
+
+
+def _merged(group: Group, kind: str) -> Line | None:
+    """Return the mean and band over the runs, at the rounds that were evaluated in all of them that were evaluated."""
+    curves = [curve for curve in map(_curve, group.runs) if curve.accuracy]
+    if not curves:
+        return None
+    common = sorted(set.intersection(*(set(curve.rounds) for curve in curves)))
+    at = [[curve.rounds.index(number) for number in common] for curve in curves]
+    xs = [[getattr(curve, kind)[i] for i in where] for curve, where in zip(curves, at, strict=True)]
+    ys = [[curve.accuracy[i] for i in where] for curve, where in zip(curves, at, strict=True)]
+    return _mean_line(group, [mean(x) for x in zip(*xs, strict=True)], ys) if common else None
+
+
+def _mean_line(group: Group, x: list[float], ys: Sequence[list[float]]) -> Line:
+    columns = list(zip(*ys, strict=True))
+    band = ([min(c) for c in columns], [max(c) for c in columns]) if len(ys) > 1 else (None, None)
+    return Line(group.mark, x, [mean(c) for c in columns], group.colour, group.dash, *band)
+
+
+def _density_comparison(lines: Sequence[Group]) -> str:
+    drawn = []
+    for group in lines:
+        found = [{float(r["round"]): d for r in run.rows if (d := number(r.get("density"))) is not None} for run in group.runs]
+        found = [densities for densities in found if densities]
+        common = sorted(set.intersection(*map(set, found))) if found else []
+        if common:
+            drawn.append(_mean_line(group, common, [[densities[x] for x in common] for densities in found]))
+    if not drawn:
+        return _figure("Density over the rounds", "No density was recorded.", "")
+    log = _far_apart([y for line in drawn for y in line.y])
+    caption = "Share of the prunable weights that are kept after each round." + " Log scale." * log
+    svg = _plot(drawn, "round", "density", whole=True, logy=log)
+    return _figure("Density over the rounds", caption, svg)
+
+
+def _phases_comparison(lines: Sequence[Group]) -> str:
+    bars = [
+        (f"{group.mark} {way}", {phase: mean(_total(run, [phase], way) for run in group.runs) for phase in _PHASES})
+        for group in lines
+        for way in ("up", "down")
+    ]
+    used = [phase for phase in _PHASES if any(carried[phase] for _, carried in bars)]
+    if not used:
+        return _figure("Megabytes carried, by phase", "No bytes were carried.", "")
+    with _canvas(48 + 40 * len(lines)) as drawing:
+        axes = drawing.axes(left=58, right=62, bottom=40, top=4)
+        spots = [i // 2 + (-0.19 if i % 2 == 0 else 0.19) for i in range(len(bars))]
+        for spot, (_, carried) in zip(spots, bars, strict=True):
+            start = 0.0
+            for phase in used:
+                axes.barh(spot, carried[phase], left=start, height=0.32, color=_PHASES[phase], linewidth=0)
+                start += carried[phase]
+            text = digits(start - carried["eval"])
+            axes.annotate(text, (start, spot), (5, 0), textcoords="offset points", va="center", fontsize=11, color=_INK)
+        axes.set(xlim=(0, max(sum(carried.values()) for _, carried in bars)), ylim=(len(lines) - 0.5, -0.5), xlabel="MB")
+        axes.set_yticks(spots, [name for name, _ in bars], fontsize=11, color=_INK)
+        axes.grid(visible=False, axis="y")
+    several = " (mean over the seeds)" if any(len(group.runs) > 1 for group in lines) else ""
+    caption = f"All messages of the whole run{several}. The number at each bar is its sum without evaluation."
+    return _figure("Megabytes carried, by phase", caption, drawing.svg, _phase_key(used))
+
+
+def _differences_html(lines: Sequence[Group]) -> str:
+    ordered = [run for line in lines for run in line.runs]
+    body = []
+    for key, values in differences(ordered).items():
+        given = iter(values)
+        cells = [", ".join(dict.fromkeys(show(next(given)) for _ in line.runs)) for line in lines]
+        body.append([f"<code>{_text(key)}</code>", *map(_text, cells)])
+    head = ["setting", *(f'<span class="mark">{_mark(line)}</span>' for line in lines)]
+    return _table(head, body, words=range(len(head)))
+
+
+# ------------------------------------------------------------------------------------------------ plots
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a plot: its mark at the end, its points, and the band around it if it has one."""
+
+    mark: str
+    x: list[float]
+    y: list[float]
+    colour: str
+    dash: Any = "-"
+    low: list[float] | None = None
+    high: list[float] | None = None
+
+
+class _Canvas:
+    """A figure whose axes are placed by margins in the units of the view box."""
+
+    def __init__(self, figure: Figure, height: float) -> None:
+        self.figure, self.height, self.svg = figure, height, ""
+
+    def axes(self, *, left: float, right: float, bottom: float, top: float) -> Axes:
+        """Add axes that leave these margins."""
+        place = (left / WIDTH, bottom / self.height, (WIDTH - left - right) / WIDTH, (self.height - bottom - top) / self.height)
+        return self.figure.add_axes(place)
+
+
+_LOOK: dict[Any, Any] = {
+    **{"svg.fonttype": "none", "svg.hashsalt": "fedsieve", "image.composite_image": False, "text.parse_math": False},
+    **{
+        "font.size": 13,
+        "axes.labelsize": 13,
+        "xtick.labelsize": 13,
+        "ytick.labelsize": 13,
+        "lines.linewidth": 2,
+        "lines.markeredgewidth": 0,
+        "lines.solid_joinstyle": "round",
+    },
+    **{"text.color": _INK, "axes.labelcolor": _MUTED, "xtick.labelcolor": _MUTED, "ytick.labelcolor": _MUTED},
+    **{"axes.edgecolor": _MUTED, "axes.facecolor": "none", "axes.grid": True, "axes.axisbelow": True},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False},
+    **{"grid.color": _RULE, "grid.linewidth": 1, "xtick.color": _MUTED, "ytick.major.size": 0, "xtick.major.size": 4},
+    **{"axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 7), "axes.unicode_minus": True},
+}
+
+
+@contextlib.contextmanager
+def _canvas(height: float) -> Iterator[_Canvas]:
+    """Give a canvas to draw on; its `svg` is there once the block has ended. A user's matplotlibrc has no say."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's browser brings the fonts
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_LOOK)
+        drawing = _Canvas(Figure(figsize=(WIDTH / 72, height / 72), facecolor="none"), height)
+        yield drawing
+        text = io.StringIO()
+        drawing.figure.savefig(text, format="svg", metadata={"Date": None})
+    drawing.svg = _inline(text.getvalue())
+
+
+def _inline(svg: str) -> str:
+    """Return a drawing as it may stand in a page: no prolog, no metadata, no fixed size or font, colours as variables."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
+    box = re.search(r'viewBox="[^"]*"', svg)
+    svg = re.sub(r"<svg [^>]*>", f"<svg {box[0] if box else ''}>", svg, count=1)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r"font: ([^;\"]*?)(\d[\d.]*px)[^;\"]*", r"font: \1\2 system-ui, sans-serif", svg)
+    return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda found: _coloured(found[0]), svg).strip()
+
+
+def _coloured(colour: str) -> str:
+    return f"var(--{_VARIABLES[colour]})" if colour in _VARIABLES else colour
+
+
+def _with_ids(svg: str, prefix: str) -> str:
+    """Return the drawing with ids of its own, as several stand in one page."""
+    svg = re.sub(r'(<[^>]*? id=")', rf"\g<1>{prefix}", svg)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg)
+
+
+def _plot(
+    lines: Sequence[Line],
+    xlabel: str,
+    ylabel: str,
+    *,
+    percent: bool = False,
+    whole: bool = False,
+    logx: bool = False,
+    logy: bool = False,
+) -> str:
+    """Return a line plot as SVG, each line with its mark at its end."""
+    with _canvas(320) as drawing:
+        axes = drawing.axes(left=48, right=14 + 7 * max(len(line.mark) for line in lines), bottom=42, top=24)
+        for line in lines:
+            keep = _thinned(len(line.x))
+            x, y = [line.x[i] for i in keep], [line.y[i] for i in keep]
+            if line.low is not None and line.high is not None:
+                band = [line.low[i] for i in keep], [line.high[i] for i in keep]
+                axes.fill_between(x, *band, color=line.colour, alpha=0.16, linewidth=0)
+            dotted = len(x) == 1 or (len(x) <= 25 and len(lines) <= 6)
+            axes.plot(
+                x, y, color=line.colour, linestyle=line.dash, marker="o" if dotted else "", markersize=9 if len(x) == 1 else 5
+            )
+        axes.set_xlabel(xlabel)
+        axes.set_title(ylabel, loc="left", fontsize=13, color=_MUTED, pad=8, x=-48 / (axes.get_position().width * WIDTH))
+        _scale(axes, logx=logx, logy=logy, whole=whole)
+        if percent:
+            bottom, top = axes.get_ylim()
+            axes.set_ylim(max(bottom, 0), min(top, 100.5))
+        elif not logy:
+            axes.set_ylim(0, max(1.05 * axes.dataLim.y1, 1e-9))
+        if all(line.mark for line in lines) and (len(lines) > 1 or lines[0].mark != "test"):
+            _mark_ends(axes, lines)
+    return drawing.svg
+
+
+def _scale(axes: Axes, *, logx: bool, logy: bool, whole: bool) -> None:
+    """Set the scales and plain numbers at few ticks."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axes.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    for axis, log in ((axes.xaxis, logx), (axes.yaxis, logy)):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)) if log else MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10])
+        )
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.8g}"))
+    if whole:
+        _whole(axes)
+
+
+def _whole(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _thinned(count: int) -> list[int]:
+    """Return the positions of at most MOST_POINTS of `count` points, evenly spaced, the first and the last among them."""
+    if count <= MOST_POINTS:
+        return list(range(count))
+    return [i * (count - 1) // (MOST_POINTS - 1) for i in range(MOST_POINTS)]
+
+
+def _mark_ends(axes: Axes, lines: Sequence[Line]) -> None:
+    """Write each line's mark behind its last point, moved up or down as far as the marks need to stand apart."""
+    ends = [axes.transData.transform((line.x[-1], line.y[-1])) for line in lines]
+    placed: list[tuple[float, float]] = []
+    for i in sorted(range(len(lines)), key=lambda i: float(ends[i][1])):
+        x, y = float(ends[i][0]), float(ends[i][1])
+        while any(abs(x - px) < 10 * len(lines[i].mark) + 4 and abs(y - py) < 15 for px, py in placed):
+            y += 2
+        placed.append((x, y))
+        axes.annotate(
+            lines[i].mark,
+            (lines[i].x[-1], lines[i].y[-1]),
+            (7, y - float(ends[i][1])),
+            textcoords="offset points",
+            va="center",
+            fontweight="bold",
+            color=lines[i].colour,
+            annotation_clip=False,
+            bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 0, "alpha": 0.7},
+        )
+
+
+def _shorten(name: str, length: int) -> str:
+    name = printable(name)
+    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"

@@ -1,0 +1,167 @@
+"""The settings of a run, one frozen dataclass a section; importing this loads neither torch nor numpy.
+
+Each field carries its type, its default, its range (checked by pydantic when the object is made, from Python, TOML and
+the command line alike) and a string that says what it is. An algorithm's own settings are a dataclass in its own file,
+made with the same decorator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import wraps
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fedsieve.errors import UsageError
+
+T = TypeVar("T")
+
+Count = Annotated[int, Field(ge=1)]
+"""a whole number of 1 or more"""
+CountOrZero = Annotated[int, Field(ge=0)]
+"""a whole number of 0 or more"""
+Share = Annotated[float, Field(ge=0, lt=1)]
+"""a share in [0, 1)"""
+Density = Annotated[float, Field(gt=0, le=1)]
+"""kept over maskable, in (0, 1]"""
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass_transform(frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass of checked settings: unknown names and values out of range raise `UsageError`."""
+    config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    make: Callable[[type[T]], Any] = dataclass(frozen=True, slots=True, config=config)
+    made = make(cls)
+    check = made.__init__
+
+    @wraps(check)
+    def init(self: T, *args: Any, **values: Any) -> None:
+        try:
+            check(self, *args, **values)
+        except ValidationError as error:
+            raise UsageError(_said(error, made)) from None
+
+    made.__init__ = init
+    checked: type[T] = made
+    return checked
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return ` Did you mean X?` for the nearest of the words, or nothing where none is near."""
+    match = get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def _said(error: ValidationError, cls: Any) -> str:
+    """Put the first thing that pydantic found into one line: what was given, what is allowed, the nearest name."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    section = cls.__name__.lower()
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{section} has no setting {name!r}.{nearest(name, cls.__dataclass_fields__)}"
+    return f"{section}.{name} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+
+
+Partition = Literal["iid", "dirichlet", "shards", "classes", "quantity", "natural"]
+
+
+@settings
+class Data:
+    """Which examples there are and how they are shared out among the clients."""
+
+    name: str = "digits"
+    """data set (see `fedsieve list datasets`), npz:PATH, hf:NAME, or your own as package.module:function"""
+    root: str | None = None
+    """folder that holds the data files; default: the environment variable FEDSIEVE_DATA, then the usual places"""
+    clients: Count = 10
+    """number of clients, >= 1 (a natural partition brings its own number: there it is the most to use)"""
+    partition: Partition = "iid"
+    """how examples are shared out: iid, dirichlet (label skew `alpha`), shards (`per_client` slices of label-sorted data),
+    classes (`per_client` classes each), quantity (sizes skewed by `alpha`), natural (by the data's own client ids)"""
+    alpha: Positive = 0.3
+    """concentration of the dirichlet and quantity partitions, > 0: the smaller, the more uneven"""
+    per_client: Count = 2
+    """classes or shards that each client holds, >= 1 (partitions classes and shards)"""
+    min_examples: Count = 1
+    """fewest training examples that a client may hold, >= 1; a split that cannot honour it is refused"""
+    train_limit: CountOrZero = 0
+    """use at most so many training examples, >= 0 (0: all)"""
+    test_limit: CountOrZero = 0
+    """use at most so many test examples, >= 0 (0: all)"""
+    augment: Literal["none", "crop-flip"] = "none"
+    """crop-flip: pad by 4 pixels, crop at random and mirror at random, anew in each epoch (images only)"""
+
+
+@settings
+class Model:
+    """Which network is trained and how it starts."""
+
+    name: str = "mlp"
+    """model (see `fedsieve list models`), or your own as package.module:callable that returns a torch.nn.Module"""
+    norm: Literal["default", "none", "group", "batch"] = "default"
+    """normalisation layers, where the model offers a choice"""
+    hidden: tuple[Count, ...] = ()
+    """widths of the hidden layers, each >= 1, where the model offers a choice; empty: the model's own"""
+    dropout: Share | None = None
+    """dropout probability in [0, 1), where the model has dropout; default: the model's own"""
+    init: Literal["module", "kaiming", "glorot"] = "glorot"
+    """start of the weights: glorot or kaiming (uniform, from the seed, biases zero), module (as the module starts itself)"""
+    maskable: Literal["weights", "all"] = "weights"
+    """which tensors may be pruned: convolution, linear and recurrent weights, or everything that is trained"""
+    dense: tuple[str, ...] = ()
+    """names of tensors that are never pruned, for example fc.weight"""
+
+
+@settings
+class Local:
+    """How a client trains."""
+
+    epochs: Count = 1
+    """passes over the client's data in each round, >= 1"""
+    batch: Count = 32
+    """examples per step, >= 1; the last step of an epoch takes what is left"""
+    lr: Positive = 0.1
+    """learning rate of the first round, > 0"""
+    schedule: Literal["constant", "cosine", "exponential"] = "constant"
+    """learning rate over the rounds: constant; cosine to 0; exponential: lr * decay**(round - 1)"""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """factor per round of the exponential schedule, in (0, 1]"""
+    momentum: Share = 0.0
+    """momentum of the client's SGD, in [0, 1)"""
+    nesterov: bool = False
+    """Nesterov's form of the momentum"""
+    weight_decay: NonNegative = 0.0
+    """L2 penalty added to the gradient, >= 0"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """arithmetic of forward and backward; bf16 is faster where the processor has it, and changes results"""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    """cpu, or cuda (cuda:0, ...): sequential only"""
+
+
+@settings
+class Engine:
+    """How the rounds are run."""
+
+    rounds: Count = 20
+    """rounds in total, >= 1; a resumed run counts from its beginning"""
+    cohort: CountOrZero = 0
+    """clients drawn for each round, >= 0 (0: all of them)"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """seed of every random number of the run, in [0, 2**63)"""
+    workers: CountOrZero = 0
+    """worker processes, >= 0 (0: train in this process, one client after another); results do not depend on it"""
+    dropout: Share = 0.0
+    """chance that a client of the cohort drops out after it received the broadcast, in [0, 1)"""
+    nonfinite: Literal["stop", "drop"] = "stop"
+    """what to do when a client's loss is not finite: stop the run (exit code 4) or count that client as lost"""
+    eval_every: Count = 1
+    """rounds between evaluations, >= 1; the last round is always evaluated"""
+    eval_clients: CountOrZero = 100
+    """clients on whose own test examples the model is evaluated too, >= 0 (0: none)"""
+    checkpoint_every: Count = 5
+    """rounds between checkpoints, >= 1"""

@@ -1,0 +1,1 @@
+"""Which weights to keep: score x allocation x schedule, each a plain function."""
