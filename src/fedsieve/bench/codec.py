@@ -59,7 +59,7 @@ def section_row(name: str, layout: Layout, encode: Callable[[], Section], decode
 def exchange_seconds(layout: Layout, cohort: int, workers: int = 2) -> float:
     """Return the time that wire coding takes in one round of dense FedAvg, both ends together.
 
-    One broadcast is packed once and unpacked once in each worker; each reply is packed by its client and unpacked by the server.
+    One broadcast is packed once and unpacked once in each worker; each reply is packed by a client and unpacked by the server.
     """
     params = Params(layout, torch.from_numpy(Streams(0)("params").uniform(layout.size)).float())
     broadcast = Message("train", 1, layout, {"weights": sections.dense(params)})

@@ -1,0 +1,169 @@
+"""The FedSparsify study on Fashion-MNIST: `make reproduce`, or `python -m fedsieve.bench.reproduce [FOLDER]`.
+
+The 118,282-parameter MLP, 10 clients that all take part, SGD with learning rate 0.02, batch 32, Glorot start (Stripelis et al.
+2022, arXiv 2204.12430, settings of the published code), seeds 0 to 2:
+
+    short  40 rounds of 2 local epochs; IID and 2 classes a client; dense FedAvg, FedSparsify global and local at four densities
+    long   200 rounds of 4 local epochs, IID; dense FedAvg and FedSparsify global at density 0.05
+
+A run that is in the folder already is not repeated, so that the study can be stopped and started again. For each run its
+config.toml, summary.json and records.csv are kept; README.md is the table over all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsieve import files
+from fedsieve.algorithms.fedavg import FedAvg
+from fedsieve.algorithms.fedsparsify import FedSparsify
+from fedsieve.config import Config
+from fedsieve.engine.loop import fit
+from fedsieve.report.records import read
+from fedsieve.report.table import csv, markdown
+from fedsieve.settings import Data, Engine, Local, Model
+
+DENSITIES = (0.2, 0.1, 0.05, 0.01)
+SEEDS = (0, 1, 2)
+SPLITS: dict[str, dict[str, Any]] = {"iid": {"partition": "iid"}, "2classes": {"partition": "classes", "per_client": 2}}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of the table: a method at a density on a split."""
+
+    study: str
+    split: str
+    algorithm: Any
+
+    @property
+    def method(self) -> str:
+        """Short name."""
+        return (
+            "fedavg" if isinstance(self.algorithm, FedAvg) else f"fedsparsify-{self.algorithm.variant}-{self.algorithm.density}"
+        )
+
+    def config(self, seed: int) -> Config:
+        """Return the config of one seed."""
+        rounds, epochs = (40, 2) if self.study == "short" else (200, 4)
+        return Config(
+            "fedavg" if isinstance(self.algorithm, FedAvg) else "fedsparsify",
+            self.algorithm,
+            data=Data(name="fashion-mnist", clients=10, **SPLITS[self.split]),
+            model=Model(name="mlp", init="glorot"),
+            local=Local(epochs=epochs, batch=32, lr=0.02),
+            engine=Engine(rounds=rounds, seed=seed, workers=2, checkpoint_every=20),
+        )
+
+
+def cells() -> Iterator[Cell]:
+    """Yield the cells of the study in the order they are run."""
+    for split in SPLITS:
+        yield Cell("short", split, FedAvg())
+        for variant in ("global", "local"):
+            for density in DENSITIES:
+                yield Cell("short", split, FedSparsify(variant=variant, density=density))
+    yield Cell("long", "iid", FedAvg())
+    yield Cell("long", "iid", FedSparsify(density=0.05))
+
+
+def play(cell: Cell, seed: int, folder: Path) -> None:
+    """Run one cell with one seed, or go on with it, and keep its small files."""
+    kept = folder / cell.study / cell.split / cell.method / f"seed{seed}"
+    if (kept / "summary.json").is_file():
+        return
+    out = Path("runs") / "reproduce" / cell.study / cell.split / cell.method / f"seed{seed}"
+    config = cell.config(seed)
+    spec, data, start = config.prepare()
+    result = fit(
+        config.algorithm,
+        model=spec,
+        data=data,
+        local=config.local,
+        engine=config.engine,
+        start=start,
+        out=out,
+        resume=(out / "config.toml").is_file(),
+        config=config.tables(),
+    )
+    kept.mkdir(parents=True, exist_ok=True)
+    files.replace(kept / "records.csv", csv(read(out)))
+    shutil.copy(out / "config.toml", kept)
+    shutil.copy(out / "summary.json", kept)
+    shutil.rmtree(out)
+    print(
+        f"{cell.study} {cell.split} {cell.method} seed {seed}: accuracy {result.accuracy:.4f}, density {result.density:.4f}",
+        flush=True,
+    )
+
+
+def table(folder: Path) -> str:
+    """Return the table over all runs that are in the folder."""
+    body = []
+    for cell in cells():
+        found = [
+            json.loads(path.read_text())
+            for path in sorted((folder / cell.study / cell.split / cell.method).glob("seed*/summary.json"))
+        ]
+        if not found:
+            continue
+        dense = _mean(folder, cell.study, cell.split, "fedavg", "bytes_up", "bytes_down")
+        carried = statistics.fmean(run["bytes_up"] + run["bytes_down"] for run in found)
+        accuracies = [100 * run["accuracy"] for run in found]
+        body.append(
+            [
+                cell.study,
+                cell.split,
+                cell.method,
+                str(len(found)),
+                f"{statistics.fmean(accuracies):.2f}",
+                f"{statistics.stdev(accuracies):.2f}" if len(found) > 1 else "",
+                f"{statistics.fmean(100 * run['client_accuracy']['p10'] for run in found):.1f}",
+                f"{statistics.fmean(run['density'] for run in found):.4f}",
+                f"{statistics.fmean(run['bytes_up'] for run in found) / 1e6:.2f}",
+                f"{statistics.fmean(run['bytes_down'] for run in found) / 1e6:.2f}",
+                f"{dense / carried:.2f}" if dense else "",
+                f"{statistics.fmean(run['seconds'] for run in found):.0f}",
+            ]
+        )
+    head = [
+        "study",
+        "split",
+        "method",
+        "seeds",
+        "accuracy %",
+        "sd",
+        "client p10 %",
+        "density",
+        "MB up",
+        "MB down",
+        "saving",
+        "seconds",
+    ]
+    return markdown(head, body)
+
+
+def _mean(folder: Path, study: str, split: str, method: str, *keys: str) -> float:
+    found = [json.loads(path.read_text()) for path in (folder / study / split / method).glob("seed*/summary.json")]
+    return statistics.fmean(sum(run[key] for key in keys) for run in found) if found else 0.0
+
+
+def main() -> int:
+    """Run what is missing and write the table after each run."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results/fedsparsify-fashion-mnist")
+    for seed in SEEDS:
+        for cell in cells():
+            play(cell, seed, folder)
+            files.replace(folder / "table.md", table(folder) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
