@@ -166,7 +166,7 @@ class Params(Mapping[str, Tensor]):
     def under(self, masks: Masks) -> Params:
         """Return a copy that is zero where the masks are."""
         flat = self.flat.clone()
-        flat[..., : self.layout.maskable] *= masks.kept
+        flat[..., : self.layout.maskable].masked_fill_(~masks.kept, 0)
         return Params(self.layout, flat)
 
 

@@ -81,16 +81,15 @@ class RunFolder:
         if self._checkpoint.exists():
             try:
                 saved = thaw(self._checkpoint.read_bytes(), layout, module)
-                identity, progress = saved["identity"], saved
+                if saved["identity"] == self._identity:
+                    progress = Progress(**thaw(saved["progress"], layout, module))
             except Exception as error:
                 raise DataError(f"{self._checkpoint} cannot be read: {error}. Start the run anew in another folder.") from None
-            if identity != self._identity:
+            if progress is None:
                 raise UsageError(
                     f"{self._checkpoint} belongs to another config, model or data than {self.path / 'config.toml'}.\n"
                     "Put the config back as it was, or start a new run in another folder."
                 )
-            del saved["identity"]
-            progress = Progress(**saved)
         rows = progress.rows if progress else []
         files.replace(self.path / "records.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return progress
@@ -102,8 +101,8 @@ class RunFolder:
 
     def save(self, progress: Progress) -> None:
         """Replace the checkpoint."""
-        content = {"identity": self._identity} | {name: getattr(progress, name) for name in Progress.__slots__}
-        files.replace(self._checkpoint, freeze(content))
+        content = freeze({name: getattr(progress, name) for name in Progress.__slots__})
+        files.replace(self._checkpoint, freeze({"identity": self._identity, "progress": content}))
 
     def finish(self, params: Params, masks: Masks, summary: Mapping[str, Any]) -> None:
         """Write the end result."""

@@ -7,7 +7,7 @@ kernels are fastest on; everything that goes in and out is in the order of the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from fedsieve.data.batches import Examples
 from fedsieve.errors import Diverged
 from fedsieve.local.optim import Sgd, rate
 from fedsieve.models.spec import ModelSpec
-from fedsieve.params import Kind, Layout, Masks, Params, finite
+from fedsieve.params import Kind, Layout, Masks, Params, Slot, finite
 from fedsieve.settings import Local
 from fedsieve.streams import Stream, Streams
 
@@ -87,7 +87,7 @@ class Executor:
         self._order, self._inverse = _channels_last(layout, self.device)
         self._parameters = _bind(self._module, layout, self._weights)
         self._weight_views = [parameter.data for parameter in self._parameters]
-        self._gradient_views = _views(layout, self._gradient)
+        self._gradient_views = _views(layout, self._gradient, [slot for slot in layout.slots if slot.kind is not Kind.BUFFER])
         self._counters = [b for b in self._module.buffers() if not b.is_floating_point() and b.dim() == 0]
 
     def train(
@@ -114,7 +114,8 @@ class Executor:
         velocity = self._velocity(momentum, support)
         weights = (self._weights[: layout.trainable], self._weight_views)
         gradient = (self._gradient, self._gradient_views)
-        optim = Sgd(local, rate(local, streams.round, self.rounds), weights, gradient, velocity, support, proximal)
+        mask = None if support is None else (support, _views(layout, support, layout.masked_slots))
+        optim = Sgd(local, rate(local, streams.round, self.rounds), weights, gradient, velocity, mask, proximal)
         total, predictions = torch.zeros((), device=self.device), 0
         self._module.train()
         for counter in self._counters:
@@ -266,10 +267,9 @@ def _bind(module: nn.Module, layout: Layout, weights: Tensor) -> list[nn.Paramet
     return parameters
 
 
-def _views(layout: Layout, flat: Tensor) -> list[Tensor]:
-    """Views of a flat trainable vector, one a trained tensor, in order."""
-    trained = [slot for slot in layout.slots if slot.kind is not Kind.BUFFER]
-    return [_view(flat[slice(*layout.spans[slot.name])], slot.shape) for slot in trained]
+def _views(layout: Layout, flat: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
+    """Views of a flat vector, one a slot."""
+    return [_view(flat[slice(*layout.spans[slot.name])], slot.shape) for slot in slots]
 
 
 def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -26,8 +26,8 @@ class Sgd:
         w -= lr * (g + momentum * v if nesterov else v)
 
     The rule is that of Sutskever et al. 2013 in the form common to deep-learning libraries (v starts at the first gradient).
-    With a mask, weights and momentum that start on the support stay on it exactly, after every step. The plain rule moves each
-    tensor by its own gradient, without a pass through the flat gradient: bit for bit the same.
+    With a mask, weights and momentum that start on the support stay on it exactly, after every step. Without momentum, weight
+    decay and proximal term each tensor moves by its own gradient, without a pass through the flat one: bit for bit the same.
 
     Args:
         local: momentum, nesterov, weight_decay.
@@ -35,7 +35,7 @@ class Sgd:
         weights: shape (trainable,), and its views, one a tensor.
         gradient: shape (trainable,), and its views; working memory.
         velocity: shape (trainable,); None without momentum.
-        support: shape (maskable,), 0.0 or 1.0; None without a mask.
+        support: shape (maskable,), 0.0 or 1.0, and its views, one a maskable tensor; None without a mask.
         proximal: weight of (1/2)||w - anchor||^2 (FedProx: Li et al. 2020, arXiv 1812.06127, equation 2).
     """
 
@@ -46,19 +46,21 @@ class Sgd:
         weights: tuple[Tensor, list[Tensor]],
         gradient: tuple[Tensor, list[Tensor]],
         velocity: Tensor | None,
-        support: Tensor | None,
+        support: tuple[Tensor, list[Tensor]] | None,
         proximal: float,
     ) -> None:
         self._local, self._lr, self._proximal, self._velocity = local, lr, proximal, velocity
         (self._weights, self._weight_views), (self._gradient, self._gradient_views) = weights, gradient
-        self._masked = None if support is None else (self._gradient[: len(support)], support)
+        self._support, self._support_views = support or (self._gradient[:0], [])
         self._anchor = self._weights.clone() if proximal else None
-        self._plain = velocity is None and support is None and not proximal and not local.weight_decay
+        self._plain = velocity is None and not proximal and not local.weight_decay
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...]) -> None:
         """Move the weights by one step along the gradients of the tensors, in the order of the views."""
         if self._plain:
+            if self._support_views:  # maskable tensors come first
+                torch._foreach_mul_(gradients[: len(self._support_views)], self._support_views)
             torch._foreach_add_(self._weight_views, gradients, alpha=-self._lr)
             return
         torch._foreach_copy_(self._gradient_views, gradients)
@@ -67,9 +69,8 @@ class Sgd:
             gradient.add_(weights, alpha=self._local.weight_decay)
         if self._anchor is not None:
             gradient.add_(weights, alpha=self._proximal).sub_(self._anchor, alpha=self._proximal)
-        if self._masked is not None:
-            masked, support = self._masked
-            masked.mul_(support)
+        if self._support_views:
+            gradient[: len(self._support)].mul_(self._support)
         if self._velocity is None:
             weights.add_(gradient, alpha=-self._lr)
             return

@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+import torch
+
+from fedsieve import Data, Layout, Model, Params, Streams, build, federate, load
+from fedsieve.params import Kind, Slot
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Six clients with 40 digits each, unevenly labelled."""
+    settings = Data(name="digits", clients=6, partition="dirichlet", alpha=1.0, train_limit=240, test_limit=90, min_examples=5)
+    return federate(load(settings), settings, Streams(0))
+
+
+@pytest.fixture(scope="session")
+def small(digits):
+    """An MLP with 64-16-10 weights and biases."""
+    return build(Model(name="mlp", hidden=(16,)), digits.shape, digits.classes)
+
+
+@pytest.fixture
+def three():
+    """A layout of three maskable weights and one bias."""
+    return Layout.of([Slot("w", (3,), Kind.WEIGHT, True, 0), Slot("b", (1,), Kind.BIAS, False, 0)])
+
+
+@pytest.fixture
+def vector():
+    """Make parameters of a layout from numbers."""
+
+    def make(layout, *numbers):
+        return Params(layout, torch.tensor(numbers, dtype=torch.float32))
+
+    return make
+
+
+def same(a, b):
+    """Whether two tensors or arrays are equal bit for bit."""
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
