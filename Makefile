@@ -15,8 +15,8 @@ setup: .venv/.stamp
 	@touch $@
 
 lint: setup
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -29,6 +29,7 @@ demo: setup
 bench: setup
 	$(BIN)/python -m fedsieve.bench.codec
 	$(BIN)/python -m fedsieve.bench.rounds
+	$(BIN)/python -m fedsieve.bench.memory
 
 reproduce: setup
 	$(BIN)/python -m fedsieve.bench.reproduce

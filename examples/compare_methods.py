@@ -20,7 +20,7 @@ for name, method in METHODS.items():
         model = build(Model(name="mlp"), data.shape, data.classes)
         engine = Engine(rounds=15, seed=seed, eval_every=15)
         start = model.initial("glorot", Streams(seed))
-        results.append(fit(method, model=model, data=data, local=Local(lr=0.3), engine=engine, start=start))
+        results.append(fit(method, model=model, data=data, local=Local(batch=64, lr=0.5), engine=engine, start=start))
     accuracies = [100 * result.accuracy for result in results]
     up, down = (mean(result.summary[f"bytes_{way}"] for result in results) / 1e6 for way in ("up", "down"))
     accuracy = f"{mean(accuracies):.1f} ± {stdev(accuracies):.1f}"

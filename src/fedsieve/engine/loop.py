@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedsieve.algorithms.base import Algorithm, Job
@@ -83,6 +84,8 @@ def fit(
         )
     if engine.workers and local.device != "cpu":
         raise UsageError(f"local.device = {local.device!r} needs engine.workers = 0: worker processes are for the CPU.")
+    if local.device != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"local.device = {local.device!r}: this PyTorch finds no CUDA device. Use cpu.")
     spec = model if isinstance(model, ModelSpec) else ModelSpec.of(model, data.example())
     streams = Streams(engine.seed)
     job = Job(spec, start or spec.initial("module", streams), engine.rounds, len(data.parts), streams)
@@ -122,7 +125,9 @@ def fit(
 
 def _described(algorithm: Any, spec: ModelSpec, data: Federation, local: Local, engine: Engine) -> dict[str, Any]:
     """Settings of a run that was started from Python, where model and data are objects."""
-    name = type(algorithm).__module__.rpartition(".")[2]
+    package, _, name = type(algorithm).__module__.rpartition(".")
+    if package != "fedsieve.algorithms":
+        name = f"{type(algorithm).__module__}:{type(algorithm).__qualname__}"
     return {
         "data": {"name": data.name, "clients": len(data.parts)},
         "model": {"name": spec.name},
