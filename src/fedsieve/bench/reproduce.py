@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,9 @@ def _mean(folder: Path, study: str, split: str, method: str, *keys: str) -> floa
 def main() -> int:
     """Run what is missing and write the table after each run."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results/fedsparsify-fashion-mnist")
-    for seed in SEEDS:
-        for cell in cells():
-            play(cell, seed, folder)
-            files.replace(folder / "table.md", table(folder) + "\n")
+    for cell, seed in sorted(product(cells(), SEEDS), key=lambda job: (job[0].study != "short", job[1])):
+        play(cell, seed, folder)
+        files.replace(folder / "table.md", table(folder) + "\n")
     return 0
 
 
