@@ -10,12 +10,12 @@ from typing import Any, get_args
 from fedsieve.settings import Partition
 
 _PARTITIONS = {
-    "iid": ("shuffled and dealt out equally", ""),
+    "iid": ("shuffled and dealt out equally",),
     "dirichlet": ("for each class, shares of the clients drawn from a Dirichlet distribution", "alpha"),
     "shards": ("label-sorted data in equal slices, dealt at random", "per_client"),
     "classes": ("each client holds a fixed number of classes", "per_client"),
     "quantity": ("sizes drawn from a Dirichlet distribution, labels shuffled", "alpha"),
-    "natural": ("by the data's own client ids", ""),
+    "natural": ("by the data's own client ids",),
 }
 
 
@@ -27,7 +27,7 @@ def algorithms() -> list[dict[str, Any]]:
     for name in names():
         cls = find(name)
         title = (import_module(cls.__module__).__doc__ or "").strip().splitlines()[0]
-        found.append({"name": name, "title": title, "settings": ", ".join(entry.name for entry in fields(cls))})
+        found.append({"name": name, "title": title, "settings": [entry.name for entry in fields(cls)]})
     return found
 
 
@@ -35,7 +35,12 @@ def datasets() -> list[dict[str, Any]]:
     """List the data sets."""
     from fedsieve.data.datasets import CATALOGUE
 
-    return [asdict(entry) for entry in CATALOGUE]
+    found = []
+    for entry in CATALOGUE:
+        said = asdict(entry)
+        train, test = said.pop("examples")
+        found.append({"name": said.pop("name"), "title": said.pop("title"), "train": train, "test": test} | said)
+    return found
 
 
 def models() -> list[dict[str, Any]]:
@@ -47,7 +52,9 @@ def models() -> list[dict[str, Any]]:
 
 def partitions() -> list[dict[str, Any]]:
     """List the ways to share examples out."""
-    return [{"name": name, "title": _PARTITIONS[name][0], "settings": _PARTITIONS[name][1]} for name in get_args(Partition)]
+    return [
+        {"name": name, "title": _PARTITIONS[name][0], "settings": list(_PARTITIONS[name][1:])} for name in get_args(Partition)
+    ]
 
 
 LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {

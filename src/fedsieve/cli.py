@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from types import FrameType
 
@@ -25,8 +26,8 @@ fedsieve: train small, sparse models across many devices, with every byte counte
 
 examples
   fedsieve demo
-  fedsieve run fedsparsify --data.name digits --data.partition dirichlet --algorithm.density 0.1
-  fedsieve run fedavg --data.name fashion-mnist --engine.rounds 40 --engine.workers 2 --out runs/dense
+  fedsieve run fedsparsify --data digits --algorithm.density 0.1 --out runs/sparse
+  fedsieve run fedavg --data digits --engine.rounds 40 --engine.workers 2 --out runs/dense
   fedsieve compare runs/dense runs/sparse
 
 commands
@@ -35,7 +36,8 @@ commands
 `fedsieve COMMAND --help` says more; `fedsieve run NAME --help` shows every setting with its range and default.
 --debug shows the traceback of an error, --version the version.
 Data files are looked for in --data.root, then in the folder FEDSIEVE_DATA names.
-exit codes: 0 done, 1 internal error, 2 usage, 3 data, 4 diverged, 130 interrupted, 143 terminated"""
+exit codes: 0 done, 1 internal error, 2 usage, 3 data, 4 diverged, 130 interrupted, 143 terminated,
+141 nobody reads the output any more"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,29 +45,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(OVERVIEW)
-        return 0
     try:
-        return _command(words[0], words[1:])
-    except FedsieveError as error:
-        if debug:
-            raise
-        print(f"fedsieve: {error}", file=sys.stderr)
-        return error.exit_code
+        _command(words)
+        sys.stdout.flush()
+        return 0
     except Interrupted as interrupted:
         return interrupted.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
+    except (FedsieveError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"fedsieve: {said}", file=sys.stderr)
+        return getattr(error, "exit_code", UsageError.exit_code)
 
 
-def _command(name: str, words: list[str]) -> int:
+def _command(words: list[str]) -> None:
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help", "help"):
+        print(OVERVIEW)
+        return
     if name == "--version":
         from fedsieve import __version__
 
         print(__version__)
-        return 0
+        return
     if name not in COMMANDS:
         from fedsieve.settings import nearest
 
@@ -73,10 +79,10 @@ def _command(name: str, words: list[str]) -> int:
     if name in ("run", "resume", "demo"):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _interrupt)
+    sys.path.insert(0, os.getcwd())  # own methods, data and models are found in the current folder
     from fedsieve import commands
 
-    getattr(commands, f"{name}_command")(words)
-    return 0
+    getattr(commands, f"{name}_command")(words[1:])
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

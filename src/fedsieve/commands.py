@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, make_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
 from dataclasses import replace as changed
+from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_origin
 
 import tyro
 from tyro.conf import Positional
@@ -26,25 +28,83 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RUN_HELP = """Train. Every setting is also a key of a TOML file: [section] key = value.
+SHORT = {"data": "data.name", "model": "model.name", "seed": "engine.seed"}
 
-Example: fedsieve run fedsparsify --data.name digits --algorithm.density 0.1 --engine.rounds 40
+RUN_HELP = """Train, evaluate, record.
+
+Examples:
+  fedsieve run fedsparsify --data digits --algorithm.density 0.1
+  fedsieve run mine.toml --local.lr 0.05 --seed 3
+
+Every setting is also a key of a TOML file, and overrides it:
+  [section]
+  key = value
+
+Short for --data.name, --model.name and --engine.seed:
+  --data NAME, --model NAME, --seed N
 """
 
 
 def run_command(words: list[str]) -> None:
     """Train."""
-    words = [f"{word}.name" if word in ("--data", "--model") else word for word in words]
     name = words.pop(0) if words and not words[0].startswith("-") else None
-    if name is None and not {"-h", "--help"} & set(words):
+    path = Path(name) if name and name.endswith(".toml") else None
+    helps = bool({"-h", "--help"} & set(words))
+    if name is None and not helps:
         raise UsageError(
-            "which algorithm? For example: fedsieve run fedsparsify --data.name digits. See `fedsieve list algorithms`."
+            "which algorithm? For example: fedsieve run fedsparsify --data digits. See `fedsieve list algorithms`."
         )
-    config = configs.from_file(Path(name)) if name and name.endswith(".toml") else configs.from_name(name or "fedavg")
-    config, out = _overridden(config, words, f"fedsieve run {name or 'NAME|FILE.toml'}")
+    kinds = configs.sections((configs.from_file(path).name if path else name) or "fedavg")
+    if helps:
+        _run_help(kinds, name or "NAME|FILE.toml")
+    values = _values(words, configs.keys(kinds) | {"out": str}, f"fedsieve run {name}")
+    out = values.pop("out", None)
+    config = configs.from_file(path, values) if path else configs.from_name(str(name), values)
     from fedsieve.engine.folder import fresh
 
-    _train(config, out or fresh(f"{_stem(config.name)}-{_stem(config.data.name)}"))
+    _train(config, Path(out) if out else fresh(f"{_stem(config.name)}-{_stem(config.data.name)}"))
+
+
+def _run_help(kinds: Mapping[str, Any], name: str) -> NoReturn:
+    """Print every setting with its default."""
+    run_folder = Annotated[
+        str,
+        tyro.conf.arg(
+            metavar="DIR", help="run folder to write, which must not exist", help_behavior_hint="(default: a new one in runs/)"
+        ),
+    ]
+    tyro.cli(
+        make_dataclass("Run", [*kinds.items(), ("out", run_folder, field(default=""))]),
+        args=["--help"],
+        prog=f"fedsieve run {name}",
+        description=RUN_HELP,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+    raise AssertionError("tyro leaves after help")
+
+
+def _values(words: list[str], known: Mapping[str, Any], program: str) -> dict[str, Any]:
+    """Read `--key value` words; return key -> value as text, or a list of texts where the setting takes several.
+
+    Raises:
+        UsageError: an unknown option (the nearest is offered), or one without its value.
+    """
+    found: dict[str, Any] = {}
+    while words:
+        option, equals, value = words.pop(0).partition("=")
+        key = SHORT.get(option[2:], option[2:].replace("-", "_"))
+        if not option.startswith("--") or key not in known:
+            near = nearest(option, [f"--{key}" for key in known])
+            raise UsageError(f"no option {option!r}.{near}\n`{program} --help` shows all options.")
+        several = get_origin(known[key]) is tuple
+        values = [value] if equals else []
+        while words and not words[0].startswith("--") and (several or not values):
+            values.append(words.pop(0))
+        if not values and not several:
+            raise UsageError(f"{option} needs a value.\n`{program} --help` shows all options.")
+        found[key] = values if several else None if values == ["None"] else values[0]
+    return found
 
 
 @dataclass(frozen=True)
@@ -56,8 +116,8 @@ class Resume:
 
     folder: Positional[Path]
     """the run folder"""
-    workers: int | None = None
-    """worker processes, instead of the number in its config: results do not depend on it"""
+    workers: Annotated[str | None, tyro.conf.arg(metavar="INT")] = None
+    """worker processes, >= 0; None: as in its config. Results do not depend on it"""
 
 
 def resume_command(words: list[str]) -> None:
@@ -68,15 +128,16 @@ def resume_command(words: list[str]) -> None:
     if (asked.folder / "summary.json").is_file():
         print(f"{asked.folder} is complete already: nothing to do.")
         return
-    config = configs.from_file(asked.folder / "config.toml")
-    if asked.workers is not None:
-        config = changed(config, engine=changed(config.engine, workers=asked.workers))
+    own = {} if asked.workers is None else {"engine.workers": asked.workers}
+    config = configs.from_file(asked.folder / "config.toml", own)
     _train(config, asked.folder, resume=True)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Write report.html (one page that needs no network), report.md and records.csv into a run folder.
+    """Write report.html, report.md and records.csv into a run folder.
+
+    The page is one file that needs no network.
 
     Example: fedsieve report runs/fedavg-digits-20260101-120000
     """
@@ -137,10 +198,18 @@ def list_command(words: list[str]) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(*entries[0], box=None, header_style="bold", pad_edge=False)
+    from fedsieve.report.records import show
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
     for entry in entries:
-        table.add_row(*(str(value) for value in entry.values()))
+        name, title, *others = entry
+        details = "; ".join(
+            f"{key}: {show(list(entry[key]) if isinstance(entry[key], tuple) else entry[key])}" for key in others if entry[key]
+        )
+        table.add_row(entry[name], Text(entry[title]).append(f"\n{details}".rstrip(), style="dim"))
     Console().print(table)
 
 
@@ -148,14 +217,17 @@ def list_command(words: list[str]) -> None:
 class Export:
     """Write the final model for use elsewhere.
 
-    packed.safetensors holds only the weights kept and one bit a weight for where they stand; model.pt is a plain PyTorch
-    state dict with zeros where weights were pruned. Example: fedsieve export runs/sparse
+    Written are:
+      packed.safetensors  the weights kept, one bit a weight for where they stand
+      model.pt            a PyTorch state dict, zeros where weights were pruned
+
+    Example: fedsieve export runs/sparse
     """
 
     folder: Positional[Path]
     """the run folder"""
     out: Path | None = None
-    """folder to write to; default: export/ in the run folder"""
+    """folder to write to; None: export/ in the run folder"""
 
 
 def export_command(words: list[str]) -> None:
@@ -169,17 +241,24 @@ def export_command(words: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Demo:
-    """Train FedSparsify and dense FedAvg on scikit-learn's handwritten digits: 10 clients, Dirichlet split, no download."""
+    """Train FedSparsify and dense FedAvg, and compare them.
+
+    On scikit-learn's handwritten digits, shared out unevenly among 10 clients.
+
+    Example: fedsieve demo --rounds 30
+    """
 
     rounds: int = 60
     """rounds, >= 2"""
     out: Path | None = None
-    """folder for both runs and their comparison; default: a new one in runs/"""
+    """folder for both runs and their comparison; None: a new one in runs/"""
 
 
 def demo_command(words: list[str]) -> None:
     """Run the demo."""
     asked = _parsed(Demo, words, "fedsieve demo")
+    if asked.rounds < 2:
+        raise UsageError(f"--rounds {asked.rounds}: it should be 2 or more, for pruning begins in round 2.")
     from fedsieve.engine.folder import fresh
 
     parent = asked.out or fresh("demo")
@@ -206,7 +285,7 @@ def _train(config: Config, out: Path, *, resume: bool = False) -> Result:
     from fedsieve.report.table import summary_table
 
     spec, data, start = config.prepare()
-    with Watch(config.engine.rounds) as watch:
+    with Watch(config.engine.rounds, out) as watch:
         try:
             result = fit(
                 config.algorithm,
@@ -222,12 +301,15 @@ def _train(config: Config, out: Path, *, resume: bool = False) -> Result:
             )
         except Interrupted:
             watch.close()
-            done = f"interrupted after round {watch.round} of {config.engine.rounds}; completed rounds are kept"
-            print(f"{done}\nfedsieve resume {out}", file=sys.stderr)
+            if (out / "config.toml").is_file():
+                print(
+                    f"interrupted; completed rounds are kept. To go on:\nfedsieve resume {shlex.quote(str(out))}",
+                    file=sys.stderr,
+                )
             raise
     page = _report(out)
     watch.console.print(summary_table([read(out)]))
-    print(f"report: {page}\nnext: fedsieve export {out}")
+    print(f"report: {page}\nnext: fedsieve export {shlex.quote(str(out))}")
     return result
 
 
@@ -256,46 +338,27 @@ def _compare(folders: list[Path] | tuple[Path, ...], out: Path) -> None:
     print(f"page: {write_comparison(folders, out)}")
 
 
-def _overridden(config: Config, words: list[str], program: str) -> tuple[Config, Path | None]:
-    """Apply `--section.key value` words to a config."""
-    sections = ("algorithm", *configs.SECTIONS)
-    entries: list[Any] = [(name, type(getattr(config, name)), field(default=getattr(config, name))) for name in sections]
-    entries.append(
-        (
-            "out",
-            Annotated[
-                Path | None, tyro.conf.arg(help="run folder to write, which must not exist; default: a new one in runs/")
-            ],
-            field(default=None),
-        )
-    )
-    kind = make_dataclass("Run", entries, frozen=True)
-    kind.__doc__ = RUN_HELP
-    chosen = _parsed(kind, words, program, names=[*configs.keys(config), "out"])
-    return changed(config, **{name: getattr(chosen, name) for name in sections}), chosen.out
-
-
-def _parsed(kind: Callable[..., T], words: list[str], program: str, names: list[str] | None = None) -> T:
-    """Parse a command's words; a mistake is a UsageError of a few lines.
+def _parsed(kind: type[T], words: list[str], program: str) -> T:
+    """Parse the words of a small command; a mistake is a UsageError of a few lines.
 
     Raises:
         UsageError: an unknown option (the nearest is offered), or a value of the wrong type.
     """
+    options = ["-h", "--help", *(f"--{entry.name}" for entry in fields(kind))]  # type: ignore[arg-type]
+    for word in words:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in options:
+            raise UsageError(f"no option {option!r}.{nearest(option, options)}\n`{program} --help` shows all options.")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed, unknown = tyro.cli(kind, args=words, prog=program, return_unknown_args=True)
+            return tyro.cli(
+                kind, args=words, prog=program, description=cleandoc(kind.__doc__ or ""), config=(tyro.conf.FlagCreatePairsOff,)
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UsageError(f"{_condensed(said.getvalue())}\n`{program} --help` shows all options.") from None
-    if unknown:
-        word = unknown[0].split("=")[0]
-        options = (
-            [f"--{name}" for name in names] if names else [f"--{name}" for name in getattr(kind, "__dataclass_fields__", {})]
-        )
-        raise UsageError(f"no option {word!r}.{nearest(word, options)}\n`{program} --help` shows all options.")
-    return parsed
 
 
 def _condensed(box: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fedsieve.errors import UsageError
-from fedsieve.settings import Data, Engine, Local, Model, nearest
+from fedsieve.settings import Data, Engine, Local, Model, checked, nearest
 
 if TYPE_CHECKING:
     from fedsieve.data.batches import Federation
@@ -51,76 +52,89 @@ class Config:
         return spec, data, spec.initial(self.model.init, streams)
 
 
-def from_name(name: str) -> Config:
-    """Return the default config of an algorithm."""
-    from fedsieve.algorithms.base import find
+def from_name(name: str, values: Mapping[str, Any] | None = None) -> Config:
+    """Return the default config of an algorithm, with some settings (`section.key` -> value) as given.
 
-    return Config(name, find(name)())
+    Raises:
+        UsageError: no such algorithm or setting, or a value out of range.
+    """
+    return _made({"algorithm": {"name": name}}, values or {})
 
 
-def from_file(path: Path) -> Config:
-    """Read a config from a TOML file.
+def from_file(path: Path, values: Mapping[str, Any] | None = None) -> Config:
+    """Read a config from a TOML file, with some settings (`section.key` -> value) in place of the file's.
 
     Raises:
         UsageError: no such file, no TOML, an unknown section or key, or a value out of range; file and line are named.
     """
-    from fedsieve.algorithms.base import find
-
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}. Give a TOML file or the name of an algorithm.") from None
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UsageError(f"{path} is no TOML: {error}") from None
-    known = ["algorithm", *SECTIONS]
-    for section, table in tables.items():
-        if section not in known or not isinstance(table, dict):
-            near = nearest(section, known)
-            raise UsageError(
-                f"{path}, line {_line(text, section)}: no section [{section}].{near} There are {', '.join(known)}."
-            )
-    method = dict(tables.pop("algorithm", {}))
-    name = method.pop("name", None)
-    if not isinstance(name, str):
-        raise UsageError(f'{path} does not say which algorithm: it needs [algorithm] with name = "fedsparsify", for example.')
-    made = {section: _made(cls, tables.get(section, {}), path, text, section) for section, cls in SECTIONS.items()}
-    return Config(name, _made(find(name), method, path, text, "algorithm"), **made)
+    try:
+        config = _made(tables, {})
+    except UsageError as error:
+        line = _line(text, str(error).split()[0]) or _line(text, "algorithm.name") or 1
+        raise UsageError(f"{path}, line {line}: {error}") from None
+    return _made(config.tables(), values) if values else config
 
 
-def keys(config: Config) -> list[str]:
-    """List every setting as `section.key`."""
-    return [f"{section}.{key}" for section in ("algorithm", *SECTIONS) for key in _keys(getattr(config, section))]
+def sections(algorithm: str) -> dict[str, Any]:
+    """Return the class of settings of each section, for a method by its name."""
+    from fedsieve.algorithms.base import find
+
+    return {"algorithm": find(algorithm)} | SECTIONS
 
 
-def _keys(section: Any) -> list[str]:
-    found = []
-    for entry in fields(section):
-        value = getattr(section, entry.name)
-        found += [f"{entry.name}.{key}" for key in _keys(value)] if is_dataclass(value) else [entry.name]
+def keys(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the type of every setting by its name, `section.key`."""
+    found: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        if is_dataclass(kind):
+            hints = get_type_hints(kind)
+            found |= keys({f"{name}.{entry.name}": hints[entry.name] for entry in fields(kind)})
+        else:
+            found[name] = kind
     return found
 
 
-def _made(cls: Any, table: Mapping[str, Any], path: Path, text: str, section: str) -> Any:
-    try:
-        return cls(**table)
-    except UsageError as error:
-        key = re.search(rf"{cls.__name__.lower()}(?:\.| has no setting ')([\w.]+)", str(error))
-        line = _line(text, key[1].rpartition(".")[2] if key else section, section)
-        raise UsageError(f"{path}, line {line}: {error}") from None
+def _made(tables: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
+    """Make a config of tables, with some values in place of theirs. Errors begin with the dotted name of the key."""
+    name = tables["algorithm"].get("name") if isinstance(tables.get("algorithm"), dict) else None
+    if not isinstance(name, str):
+        raise UsageError('algorithm.name is not given: a config needs [algorithm] with name = "fedsparsify", for example.')
+    kinds = sections(name)
+    for section, table in tables.items():
+        if section not in kinds or not isinstance(table, dict):
+            raise UsageError(f"{section} is no section.{nearest(section, kinds)} There are {', '.join(kinds)}.")
+    whole = deepcopy({section: dict(tables.get(section, {})) for section in kinds})
+    del whole["algorithm"]["name"]
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        table = whole
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[last] = value
+    known = keys(kinds)
+    return Config(name, **{section: checked(kind, whole[section], section, known) for section, kind in kinds.items()})
 
 
-def _line(text: str, key: str, section: str | None = None) -> int:
-    """Return the line of a key or a section header, 1 where it is not found."""
-    inside = section is None
+def _line(text: str, key: str) -> int:
+    """Return the line that sets a dotted key, or the line of the innermost table around it; 0 where there is none."""
+    found, depth, table = 0, 0, ""
     for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[\s*([\w.]+)", line)
-        if header:
-            inside = section is None or header[1].split(".")[0] == section
-        if (header and header[1] == key) or (inside and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line)):
-            return number
-    return 1
+        entry = re.match(r"\s*(\[{0,2})\s*([\w.\"' -]+?)\s*[\]=]", line)
+        if not entry:
+            continue
+        name = re.sub(r"[\s\"']", "", entry[2])
+        table = name if entry[1] else table
+        here = name if entry[1] or not table else f"{table}.{name}"
+        if f"{key}.".startswith(f"{here}.") and len(here) > depth:
+            found, depth = number, len(here)
+    return found
 
 
 def _without_none(tree: Any) -> Any:

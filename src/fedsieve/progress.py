@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from fedsieve.report.records import read
 
 
 class Watch:
     """Shows the row of each round. Use as a context manager, and as `fit`'s `watch`."""
 
-    def __init__(self, rounds: int) -> None:
+    def __init__(self, rounds: int, folder: Path) -> None:
         self.console = Console(soft_wrap=not sys.stdout.isatty())
-        self.round, self._rounds = 0, rounds
+        self._rounds, self._folder = rounds, folder
         self._up = self._down = 0
-        self._accuracy = "   -  "
+        self._accuracy = "  -   "
         self._bar = None
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("round"),
-                MofNCompleteColumn(),
-                BarColumn(16),
-                TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[said]}"),
-            )
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            said = TextColumn("left  {task.fields[said]}", table_column=Column())  # wraps where the terminal is narrow
+            columns = (TextColumn("round"), MofNCompleteColumn(), TimeRemainingColumn(), said)
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("", total=rounds, said="")
 
@@ -46,7 +45,9 @@ class Watch:
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Show a round."""
-        self.round = row["round"]
+        if not self._up + self._down:  # a resumed run has earlier rounds in its folder
+            earlier = [each for each in read(self._folder).rows if each["round"] < row["round"]]
+            self._up, self._down = (sum(each[key] for each in earlier) for key in ("bytes_up", "bytes_down"))
         self._up += row["bytes_up"]
         self._down += row["bytes_down"]
         if row["accuracy"] is not None:
@@ -54,9 +55,9 @@ class Watch:
         lost = f"  lost {len(row['lost'])}" if row["lost"] else ""
         said = f"acc {self._accuracy} density {row['density']:.3f} up {megabytes(self._up)} down {megabytes(self._down)}{lost}"
         if self._bar:
-            self._bar.update(self._task, completed=self.round, said=said)
+            self._bar.update(self._task, completed=row["round"], said=said)
         else:
-            print(f"round {self.round}/{self._rounds}  {said}  {row['seconds']:.2f} s", flush=True)
+            print(f"round {row['round']}/{self._rounds}  {said}  {row['seconds']:.2f} s", flush=True)
 
 
 def megabytes(nbytes: int) -> str:

@@ -7,12 +7,14 @@ made with the same decorator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedsieve.errors import UsageError
@@ -44,27 +46,62 @@ def settings(cls: type[T]) -> type[T]:
         try:
             check(self, *args, **values)
         except ValidationError as error:
-            raise UsageError(_said(error, made)) from None
+            raise UsageError(_said(error, made, made.__name__)) from None
 
     made.__init__ = init
     checked: type[T] = made
     return checked
 
 
+def checked(cls: type[T], values: Mapping[str, Any], section: str, keys: Iterable[str] = ()) -> T:
+    """Make settings of values from a file or the command line, where a number may be given as text.
+
+    Raises:
+        UsageError: an unknown name, the nearest of `keys` is offered; or a value out of range. It begins with `section.key`.
+    """
+    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    try:
+        if unknown := next((name for name in values if name not in known), None):
+            raise UsageError(_unknown(f"{section}.{unknown}", keys))
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise UsageError(_said(error, cls, section, keys)) from None
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return ` Did you mean X?` for the nearest of the words, or nothing where none is near."""
-    match = get_close_matches(word, list(words), n=1, cutoff=0.5)
+    """Return ` Did you mean X?` for the nearest of the words, or nothing where none is near.
+
+    A key that exists in another section is nearer than any that is merely spelt alike.
+    """
+    words = list(words)
+    last = word.lstrip("-").rpartition(".")[2]
+    match = get_close_matches(word, [each for each in words if each.rpartition(".")[2] == last] or words, n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
-def _said(error: ValidationError, cls: Any) -> str:
-    """Put the first thing that pydantic found into one line: what was given, what is allowed, the nearest name."""
+def _said(error: ValidationError, cls: Any, section: str, keys: Iterable[str] = ()) -> str:
+    """Put the first thing that pydantic found into words: what was given, what is allowed, the nearest name."""
     first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
-    section = cls.__name__.lower()
+    key, allowed = section, ""
+    for name in first["loc"]:
+        if name not in getattr(cls, "__dataclass_fields__", ()):
+            break
+        key, field = f"{key}.{name}", getattr(cls, "__pydantic_fields__", {}).get(name)
+        allowed, cls = (field.description or "", field.annotation) if field else ("", None)
     if first["type"] == "unexpected_keyword_argument":
-        return f"{section} has no setting {name!r}.{nearest(name, cls.__dataclass_fields__)}"
-    return f"{section}.{name} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+        return _unknown(f"{key}.{first['loc'][-1]}", keys or [f"{key}.{name}" for name in cls.__dataclass_fields__])
+    if first["type"] == "missing":
+        return f"{key} is not given and has no default.\n{key}: {allowed}"
+    given = textwrap.shorten(str(first["input"]), 80, placeholder="...") or "''"
+    problem = (
+        first["msg"].removeprefix("Value error, ").replace("Input should", "it should").replace("String should", "it should")
+    )
+    near = nearest(given, get_args(cls)) if get_origin(cls) is Literal else ""
+    return f"{key} = {given}: {problem}.{near}\n{key}: {' '.join(allowed.split())}".removesuffix(f"\n{key}: ")
+
+
+def _unknown(key: str, keys: Iterable[str]) -> str:
+    return f"{key} is no setting.{nearest(key, keys)}"
 
 
 Partition = Literal["iid", "dirichlet", "shards", "classes", "quantity", "natural"]
@@ -77,7 +114,7 @@ class Data:
     name: str = "digits"
     """data set (see `fedsieve list datasets`), npz:PATH, hf:NAME, or your own as package.module:function"""
     root: str | None = None
-    """folder that holds the data files; default: the environment variable FEDSIEVE_DATA, then the usual places"""
+    """folder that holds the data files; None: the folder FEDSIEVE_DATA names, ./data, or /usr/share/datasets"""
     clients: Count = 10
     """number of clients, >= 1 (a natural partition brings its own number: there it is the most to use)"""
     partition: Partition = "iid"
@@ -108,7 +145,7 @@ class Model:
     hidden: tuple[Count, ...] = ()
     """widths of the hidden layers, each >= 1, where the model offers a choice; empty: the model's own"""
     dropout: Share | None = None
-    """dropout probability in [0, 1), where the model has dropout; default: the model's own"""
+    """dropout probability in [0, 1), where the model has dropout; None: the model's own"""
     init: Literal["module", "kaiming", "glorot"] = "glorot"
     """start of the weights: glorot or kaiming (uniform, from the seed, biases zero), module (as the module starts itself)"""
     maskable: Literal["weights", "all"] = "weights"

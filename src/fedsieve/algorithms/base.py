@@ -94,10 +94,11 @@ def _imported(name: str) -> type[Any]:
     path, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(path), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever stops the user's module
         raise UsageError(
-            f"algorithm {name!r} cannot be loaded: {error}. Give package.module:Class, importable from this folder."
-        ) from None
+            f"algorithm {name!r} cannot be loaded: {type(error).__name__}: {error}.\n"
+            "Give package.module:Class, importable from this folder (--debug shows where it failed)."
+        ) from error
     steps = [
         step for step in ("init", "broadcast", "client_update", "read", "aggregate", "finalize") if not hasattr(found, step)
     ]

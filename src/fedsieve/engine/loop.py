@@ -104,7 +104,7 @@ def fit(
             began = perf_counter()
             state, row = play(algorithm, run.state, run.round + 1, job, engine, transport)
             row["seconds"] = perf_counter() - began
-            run = Progress(run.round + 1, state, [*run.rows, row], transport.states)
+            run = Progress(run.round + 1, state, [*run.rows, row], dict(transport.states))
             if folder:
                 folder.record(row)
                 if run.round % engine.checkpoint_every == 0 or run.round == engine.rounds:

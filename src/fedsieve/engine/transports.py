@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -281,13 +282,15 @@ def _evaluate(device: Device, plan: Plan, params: Params, shard: int) -> Metrics
 
 
 class _OneThreadEach:
-    """Environment in which workers start: one thread for every numeric library."""
+    """Environment in which workers start: one thread for every numeric library, and deaf to Ctrl-C, which is the server's."""
 
     _names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
     def __enter__(self) -> None:
         self._before = {name: os.environ.get(name) for name in self._names}
         os.environ.update(dict.fromkeys(self._names, "1"))
+        resource_tracker.ensure_running()  # it would unblock the signal
+        self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def __exit__(self, *_: object) -> None:
         for name, value in self._before.items():
@@ -295,6 +298,7 @@ class _OneThreadEach:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
 
 def _shared(plan: Plan) -> tuple[Plan, dict[str, SharedTensor]]:
