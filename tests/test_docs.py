@@ -124,7 +124,14 @@ def test_exit_codes_are_those_of_the_errors():
     classes = (errors.FedsieveError, UsageError, DataError, Diverged)
     assert codes == {cls.__name__: cls.exit_code for cls in classes} | {"Interrupted": 143}
     documented = {int(row[0]) for row in rows if row and row[0].isdigit()}
-    assert documented == {0, 1, 2, 3, 4, *(errors.Interrupted(n).exit_code for n in (signal.SIGINT, signal.SIGTERM))}
+    assert documented == {
+        0,
+        1,
+        2,
+        3,
+        4,
+        *(errors.Interrupted(n).exit_code for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)),
+    }
 
 
 @pytest.mark.parametrize("row", table(section("errors.md", "Common errors")), ids=lambda row: row[0].strip("`"))
@@ -235,7 +242,7 @@ def method(tmp_path, monkeypatch):
 def test_the_method_of_the_page_runs_from_python_and_from_the_command_line(method, capsys):
     result = runpy.run_path("use.py")["result"]
     text = (DOCS / "adding-a-method.md").read_text()
-    (line,) = re.findall(r"^\$ PYTHONPATH=\. fedsieve (run .*)$", text, flags=re.MULTILINE)
+    (line,) = re.findall(r"^\$ fedsieve (run .*)$", text, flags=re.MULTILINE)
     before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         assert cli.main([*line.split(), "--out", "run"]) == 0

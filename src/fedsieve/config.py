@@ -6,12 +6,12 @@ import re
 import tomllib
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fedsieve.errors import UsageError
-from fedsieve.settings import Data, Engine, Local, Model, checked, nearest
+from fedsieve.settings import Data, Engine, Local, Model, as_table, checked, nearest
 
 if TYPE_CHECKING:
     from fedsieve.data.batches import Federation
@@ -35,9 +35,8 @@ class Config:
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Return the resolved settings as TOML tables: read back, they are this config again."""
-        tables = {section: asdict(getattr(self, section)) for section in SECTIONS}
-        whole: dict[str, dict[str, Any]] = _without_none({"algorithm": {"name": self.name} | asdict(self.algorithm)} | tables)
-        return whole
+        tables = {section: as_table(getattr(self, section)) for section in SECTIONS}
+        return {"algorithm": {"name": self.name} | as_table(self.algorithm)} | tables
 
     def prepare(self) -> tuple[ModelSpec, Federation, Params]:
         """Load the data, share them out and build the model: what `fit` takes besides."""
@@ -135,10 +134,3 @@ def _line(text: str, key: str) -> int:
         if f"{key}.".startswith(f"{here}.") and len(here) > depth:
             found, depth = number, len(here)
     return found
-
-
-def _without_none(tree: Any) -> Any:
-    """TOML has no null: leave such keys out, their default is null."""
-    if isinstance(tree, dict):
-        return {key: _without_none(value) for key, value in tree.items() if value is not None}
-    return list(tree) if isinstance(tree, tuple) else tree

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
@@ -66,6 +66,15 @@ def checked(cls: type[T], values: Mapping[str, Any], section: str, keys: Iterabl
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         raise UsageError(_said(error, cls, section, keys)) from None
+
+
+def as_table(section: Any) -> dict[str, Any]:
+    """Return settings as a TOML table. TOML has no null: a setting that is None is left out, for None is its default."""
+    return {
+        entry.name: as_table(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        for entry in fields(section)
+        if (value := getattr(section, entry.name)) is not None
+    }
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -190,7 +190,7 @@ def _scale(
     mean: tuple[float, ...], std: tuple[float, ...], repeats: int, last: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Mean and std of each element of a flattened row, shape (elements,): a full row is one vector operation."""
-    scale = (torch.tensor(values, device=device) for values in (mean, std))
+    scale = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
     spread = (values.repeat(repeats) if last else values.repeat_interleave(repeats) for values in scale)
     first, second = spread
     return first, second

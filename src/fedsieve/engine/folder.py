@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import tomli_w
 import xxhash
-from safetensors.torch import save
 
 from fedsieve import files
 from fedsieve.data.batches import Federation
@@ -107,8 +106,8 @@ class RunFolder:
     def finish(self, params: Params, masks: Masks, summary: Mapping[str, Any]) -> None:
         """Write the end result."""
         metadata = {"fingerprint": params.layout.fingerprint.hex(), "density": str(masks.density)}
-        model = save({name: params[name].clone() for name in params}, metadata=metadata)
-        files.replace(self.path / "model.safetensors", _ordered(model))
+        model = files.safetensors({name: params[name].clone() for name in params}, metadata)
+        files.replace(self.path / "model.safetensors", model)
         files.replace(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
@@ -128,14 +127,6 @@ def identity(config: Mapping[str, Any], data: Federation | None = None, start: P
         digest.update(start.layout.fingerprint)
         digest.update(start.flat.numpy().data)
     return digest.hexdigest()
-
-
-def _ordered(saved: bytes) -> bytes:
-    """Sort the header of a safetensors file: the library writes metadata in an order that differs from call to call."""
-    size = int.from_bytes(saved[:8], "little")
-    header = json.dumps(json.loads(saved[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + saved[8 + size :]
 
 
 def fresh(name: str, parent: Path = Path("runs")) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,7 +20,7 @@ from fedsieve.engine.transports import Sequential, Transport, Workers
 from fedsieve.errors import Diverged, Interrupted, UsageError
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Masks, Params
-from fedsieve.settings import Engine, Local
+from fedsieve.settings import Engine, Local, as_table
 from fedsieve.streams import Streams
 
 
@@ -131,9 +131,9 @@ def _described(algorithm: Any, spec: ModelSpec, data: Federation, local: Local, 
     return {
         "data": {"name": data.name, "clients": len(data.parts)},
         "model": {"name": spec.name},
-        "algorithm": {"name": name, **asdict(algorithm)},
-        "local": asdict(local),
-        "engine": asdict(engine),
+        "algorithm": {"name": name} | as_table(algorithm),
+        "local": as_table(local),
+        "engine": as_table(engine),
     }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedsieve import files
@@ -55,7 +55,7 @@ def pack(tensors: dict[str, Tensor]) -> bytes:
             shapes[name] = list(tensor.shape)
         else:
             content[name] = tensor
-    return save(content, metadata={"format": "fedsieve-packed-1", "shapes": json.dumps(shapes)})
+    return files.safetensors(content, {"format": "fedsieve-packed-1", "shapes": json.dumps(shapes)})
 
 
 def load(path: Path) -> dict[str, Tensor]:

@@ -373,7 +373,8 @@ def _own(name: str) -> Callable[..., nn.Module]:
         module = importlib.import_module(path)
     except ImportError as error:
         raise UsageError(
-            f"model.name = {name!r}: cannot import {path!r}: {_one_line(error)}\nIts folder must be on PYTHONPATH."
+            f"model.name = {name!r}: cannot import {path!r}: {_one_line(error)}\n"
+            "Run it from the folder of your file, or put that into PYTHONPATH."
         ) from error
     maker = getattr(module, attribute, None)
     if not callable(maker):
