@@ -622,7 +622,7 @@ def test_live_line_on_a_terminal_has_all_six(columns):
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said).replace("\r", "\n")
     assert max(map(len, plain.splitlines())) <= columns
     live = " ".join(plain.split())
-    assert re.search(r"round 6/6 \d:\d\d:\d\d left acc +[\d.]+% density 0\.\d+ up [\d.]+ MB down [\d.]+ MB", live)
+    assert re.search(r"round 6/6 ━+ [\d:-]+ acc +[\d.]+% density 0\.\d+ up [\d.]+ MB down [\d.]+ MB", live)
     assert live.endswith("next: fedsieve export run")
 
 

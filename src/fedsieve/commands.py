@@ -279,26 +279,13 @@ def demo_command(words: list[str]) -> None:
 
 def _train(config: Config, out: Path, *, resume: bool = False) -> Result:
     """Run or resume a config with a progress line, and report it."""
-    from fedsieve.engine.loop import fit
     from fedsieve.progress import Watch
     from fedsieve.report.records import read
     from fedsieve.report.table import summary_table
 
-    spec, data, start = config.prepare()
     with Watch(config.engine.rounds, out) as watch:
         try:
-            result = fit(
-                config.algorithm,
-                model=spec,
-                data=data,
-                local=config.local,
-                engine=config.engine,
-                start=start,
-                out=out,
-                resume=resume,
-                config=config.tables(),
-                watch=watch,
-            )
+            result = config.run(out, resume=resume, watch=watch)
         except Interrupted:
             watch.close()
             if (out / "config.toml").is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from fedsieve.settings import Data, Engine, Local, Model, as_table, checked, nea
 
 if TYPE_CHECKING:
     from fedsieve.data.batches import Federation
+    from fedsieve.engine.loop import Result
     from fedsieve.models.spec import ModelSpec
     from fedsieve.params import Params
 
@@ -37,6 +38,24 @@ class Config:
         """Return the resolved settings as TOML tables: read back, they are this config again."""
         tables = {section: as_table(getattr(self, section)) for section in SECTIONS}
         return {"algorithm": {"name": self.name} | as_table(self.algorithm)} | tables
+
+    def run(self, out: Path, *, resume: bool = False, watch: Callable[[dict[str, Any]], None] = lambda row: None) -> Result:
+        """Run it into a run folder, or go on there, as `fit` does."""
+        from fedsieve.engine.loop import fit
+
+        spec, data, start = self.prepare()
+        return fit(
+            self.algorithm,
+            model=spec,
+            data=data,
+            local=self.local,
+            engine=self.engine,
+            start=start,
+            out=out,
+            resume=resume,
+            config=self.tables(),
+            watch=watch,
+        )
 
     def prepare(self) -> tuple[ModelSpec, Federation, Params]:
         """Load the data, share them out and build the model: what `fit` takes besides."""

@@ -64,6 +64,8 @@ class Layout:
     """number of elements of the flat vector"""
     spans: Mapping[str, tuple[int, int]] = field(init=False, repr=False, compare=False)
     """name -> (begin, end) in the flat vector"""
+    named: Mapping[str, Slot] = field(init=False, repr=False, compare=False)
+    """name -> slot"""
     fingerprint: bytes = field(init=False)
     """8 bytes that name this layout; a payload of another one is refused"""
 
@@ -83,6 +85,7 @@ class Layout:
         object.__setattr__(self, "trainable", max(ends[:2]))
         object.__setattr__(self, "size", end)
         object.__setattr__(self, "spans", spans)
+        object.__setattr__(self, "named", {slot.name: slot for slot in self.slots})
         object.__setattr__(self, "fingerprint", blake2b(text.encode(), digest_size=8).digest())
 
     @classmethod
@@ -128,8 +131,7 @@ class Params(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         begin, end = self.layout.spans[name]
-        slot = next(s for s in self.layout.slots if s.name == name)
-        return self.flat[..., begin:end].view(*self.flat.shape[:-1], *slot.shape)
+        return self.flat[..., begin:end].view(*self.flat.shape[:-1], *self.layout.named[name].shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.spans)
@@ -189,8 +191,7 @@ class Masks:
     def __getitem__(self, name: str) -> Tensor:
         """View of one maskable slot's mask, in the slot's shape."""
         begin, end = self.layout.spans[name]
-        slot = next(s for s in self.layout.masked_slots if s.name == name)
-        return self.kept[begin:end].view(slot.shape)
+        return self.kept[begin:end].view(self.layout.named[name].shape)
 
     def __and__(self, other: Masks) -> Masks:
         return Masks(self.layout, self.kept & other.kept)

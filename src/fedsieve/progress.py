@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from fedsieve.report.records import read
@@ -25,8 +25,8 @@ class Watch:
         self._accuracy = "  -   "
         self._bar = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
-            said = TextColumn("left  {task.fields[said]}", table_column=Column())  # wraps where the terminal is narrow
-            columns = (TextColumn("round"), MofNCompleteColumn(), TimeRemainingColumn(), said)
+            said = TextColumn("{task.fields[said]}", table_column=Column())  # wraps where the terminal is narrow
+            columns = (TextColumn("round"), MofNCompleteColumn(), BarColumn(6), TimeRemainingColumn(compact=True), said)
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("", total=rounds, said="")
 

@@ -26,7 +26,6 @@ from fedsieve import files
 from fedsieve.algorithms.fedavg import FedAvg
 from fedsieve.algorithms.fedsparsify import FedSparsify
 from fedsieve.config import Config
-from fedsieve.engine.loop import fit
 from fedsieve.report.records import read
 from fedsieve.report.table import csv, markdown
 from fedsieve.settings import Data, Engine, Local, Model
@@ -81,19 +80,7 @@ def play(cell: Cell, seed: int, folder: Path) -> None:
     if (kept / "summary.json").is_file():
         return
     out = Path("runs") / "reproduce" / cell.study / cell.split / cell.method / f"seed{seed}"
-    config = cell.config(seed)
-    spec, data, start = config.prepare()
-    result = fit(
-        config.algorithm,
-        model=spec,
-        data=data,
-        local=config.local,
-        engine=config.engine,
-        start=start,
-        out=out,
-        resume=(out / "config.toml").is_file(),
-        config=config.tables(),
-    )
+    result = cell.config(seed).run(out, resume=(out / "config.toml").is_file())
     kept.mkdir(parents=True, exist_ok=True)
     files.replace(kept / "records.csv", csv(read(out)))
     shutil.copy(out / "config.toml", kept)
