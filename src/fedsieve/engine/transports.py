@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -24,7 +25,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fedsieve.data.batches import Examples
 from fedsieve.engine.arena import Arena, SharedTensor
 from fedsieve.engine.handle import Device, Plan, handle
 from fedsieve.errors import Diverged, FedsieveError
@@ -301,19 +301,21 @@ class _OneThreadEach:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
 
-def _shared(plan: Plan) -> tuple[Plan, dict[str, SharedTensor]]:
-    """Split a plan into what is pickled for each worker and tensors that all workers share."""
+def _shared(plan: Plan) -> dict[str, SharedTensor]:
+    """Put a plan into memory that all workers share: the examples as they are, all else pickled."""
     data = plan.federation
     tensors = {"x": data.train.x, "y": data.train.y, "test_x": data.test.x, "test_y": data.test.y}
     empty = torch.empty(0)
     bare = replace(data, train=replace(data.train, x=empty, y=empty), test=replace(data.test, x=empty, y=empty))
-    return replace(plan, federation=bare), {name: SharedTensor(tensor) for name, tensor in tensors.items()}
+    rest = torch.frombuffer(bytearray(pickle.dumps(replace(plan, federation=bare))), dtype=torch.uint8)
+    return {name: SharedTensor(tensor) for name, tensor in (tensors | {"rest": rest}).items()}
 
 
-def _whole(plan: Plan, tensors: Mapping[str, SharedTensor]) -> Plan:
+def _whole(shared: Mapping[str, SharedTensor]) -> Plan:
+    plan: Plan = pickle.loads(shared["rest"].tensor().numpy().data)  # noqa: S301  written by the process that started this one
     data = plan.federation
-    train: Examples = replace(data.train, x=tensors["x"].tensor(), y=tensors["y"].tensor())
-    test: Examples = replace(data.test, x=tensors["test_x"].tensor(), y=tensors["test_y"].tensor())
+    train = replace(data.train, x=shared["x"].tensor(), y=shared["y"].tensor())
+    test = replace(data.test, x=shared["test_x"].tensor(), y=shared["test_y"].tensor())
     return replace(plan, federation=replace(data, train=train, test=test))
 
 
@@ -326,7 +328,7 @@ def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots:
     _keep_freed_memory()
     torch.set_num_threads(1)
     try:
-        plan = _whole(*shared)
+        plan = _whole(shared)
         device = Device(plan)
         room, turn = slots.nbytes // 2, 0
         views: dict[tuple[int, int], memoryview] = {}
