@@ -16,7 +16,24 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from conftest import same
-from fedsieve import DataError, Diverged, Engine, FedAvg, FedsieveError, FedSparsify, Local, Masks, Streams, UsageError, fit
+from fedsieve import (
+    Data,
+    DataError,
+    Diverged,
+    Engine,
+    FedAvg,
+    FedsieveError,
+    FedSparsify,
+    Local,
+    Masks,
+    Model,
+    Streams,
+    UsageError,
+    build,
+    federate,
+    fit,
+)
+from fedsieve import load as load_data
 from fedsieve.algorithms.base import Job
 from fedsieve.engine.arena import SharedTensor
 from fedsieve.engine.folder import RunFolder, fresh
@@ -289,3 +306,15 @@ def test_run_folder_files_are_replaced_whole(tmp_path):
     folder = RunFolder.open(tmp_path / "run", "id", resume=False)
     folder.describe({"a": {"b": 1}}, {"clients": 1})
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+def test_many_clients_with_large_states_do_not_block_the_pipes():
+    """Requests with a state are larger than a pipe holds: the server may only send one to a worker that is waiting for it."""
+    settings = Data(name="digits", clients=16, train_limit=160, test_limit=50)
+    data = federate(load_data(settings), settings, Streams(0))
+    spec = build(Model(name="mlp", hidden=(2048,)), data.shape, data.classes)
+    algorithm, local = FedSparsify(density=0.5, client_momentum="kept"), Local(momentum=0.9, batch=4)
+    runs = [
+        fit(algorithm, model=spec, data=data, local=local, engine=Engine(rounds=3, workers=n, eval_clients=0)) for n in (0, 2)
+    ]
+    assert same(runs[0].params.flat, runs[1].params.flat)

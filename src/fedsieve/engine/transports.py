@@ -145,7 +145,10 @@ class Workers:
         """Carry each client's request to it; yield the replies in ascending client id."""
         order = sorted(requests)
         places = self._place(requests)
-        depth = 2 if len(order) >= 8 * len(self._pipes) else 1
+        # A second request may wait at a worker only if it is small: a large one would block this end while the worker, blocked
+        # by its own large answer, does not read.
+        small = len(places) == len(set(map(id, requests.values()))) and not any(client in self.states for client in order)
+        depth = 2 if small and len(order) >= 8 * len(self._pipes) else 1
         queued = [0] * len(self._pipes)
         ready: dict[int, bytes | bytearray | Lost] = {}
         handed = 0
