@@ -7,7 +7,7 @@ The 118,282-parameter MLP, 10 clients that all take part, SGD with learning rate
     long   200 rounds of 4 local epochs, IID; dense FedAvg and FedSparsify global at density 0.05
 
 A run that is in the folder already is not repeated, so that the study can be stopped and started again. For each run its
-config.toml, summary.json and records.csv are kept; README.md is the table over all of them.
+config.toml, summary.json and records.csv are kept; table.md and accuracy_megabytes.svg are made of all of them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator
+from csv import DictReader
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedsieve import files
 from fedsieve.algorithms.fedavg import FedAvg
@@ -138,6 +142,35 @@ def table(folder: Path) -> str:
     return markdown(head, body)
 
 
+def draw(folder: Path) -> None:
+    """Draw accuracy against megabytes of the short IID runs, mean over the seeds, into accuracy_megabytes.svg."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "fedsieve", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+        axes = figure.add_subplot(xlabel="megabytes carried, up and down, all 10 clients", ylabel="test accuracy (%)")
+        for cell in cells():
+            runs = [_curve(path) for path in sorted((folder / "short" / "iid" / cell.method).glob("seed*/records.csv"))]
+            if cell.study == "short" and cell.split == "iid" and runs:
+                carried, accuracy = np.mean(runs, axis=0)
+                local = cell.method.startswith("fedsparsify-local")
+                (line,) = axes.plot(carried, accuracy, lw=1.4, ls="--" if local else "-", label=cell.method)
+                axes.plot(carried[-1:], accuracy[-1:], "o", ms=4, color=line.get_color())
+        axes.set(ylim=(78, 90))
+        axes.grid(color="#dddddd", lw=0.6)
+        axes.legend(fontsize=8, frameon=False, loc="lower right")
+        figure.savefig(folder / "accuracy_megabytes.svg", metadata={"Date": None})
+
+
+def _curve(path: Path) -> NDArray[np.float64]:
+    """Megabytes carried so far and accuracy in percent, shape (2, rounds)."""
+    with open(path, newline="") as file:
+        rows = list(DictReader(file))
+    carried = np.cumsum([(int(row["bytes_up"]) + int(row["bytes_down"])) / 1e6 for row in rows])
+    return np.array([carried, [100 * float(row["accuracy"]) for row in rows]])
+
+
 def _mean(folder: Path, study: str, split: str, method: str, *keys: str) -> float:
     found = [json.loads(path.read_text()) for path in (folder / study / split / method).glob("seed*/summary.json")]
     return statistics.fmean(sum(run[key] for key in keys) for run in found) if found else 0.0
@@ -149,6 +182,7 @@ def main() -> int:
     for cell, seed in sorted(product(cells(), SEEDS), key=lambda job: (job[0].study != "short", job[1])):
         play(cell, seed, folder)
         files.replace(folder / "table.md", table(folder) + "\n")
+        draw(folder)
     return 0
 
 
