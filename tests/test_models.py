@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedsieve.errors import UsageError
-from fedsieve.models import CATALOGUE, ModelSpec, build, cross_entropy, vision
+from fedsieve.models import CATALOGUE, ModelSpec, build, cross_entropy
 from fedsieve.params import Kind, Layout, Masks
 from fedsieve.settings import Model
 from fedsieve.streams import Streams
@@ -581,16 +581,3 @@ def test_the_layout_holds_each_element_once(widths, features, classes):
     flat = spec.initial("module", Streams(0))
     for key, value in spec.module.state_dict().items():
         assert torch.equal(flat[key], value)
-
-
-def test_convolution_of_one_channel_as_a_matrix_product_is_the_same_function():
-    streams = Streams(0)
-    x = torch.from_numpy(streams("x").uniform(2 * 9 * 11)).float().view(2, 1, 9, 11)
-    for options in ({"padding": 2}, {"padding": 0, "bias": False}, {"padding": (1, 3), "stride": (2, 1)}):
-        fast, plain = vision.PlaneConv(1, 4, (5, 3), **options), nn.Conv2d(1, 4, (5, 3), **options)
-        plain.load_state_dict(fast.state_dict())
-        found, expected = fast(x), plain(x)
-        torch.testing.assert_close(found, expected)
-        for each in (fast, plain):
-            each(x).square().sum().backward()
-        torch.testing.assert_close(fast.weight.grad, plain.weight.grad)

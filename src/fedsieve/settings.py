@@ -185,6 +185,8 @@ class Local:
     """L2 penalty added to the gradient, >= 0"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """arithmetic of forward and backward; bf16 is faster where the processor has it, and changes results"""
+    convolution: Literal["fast", "library"] = "fast"
+    """on a CPU: the fastest of three algorithms, or PyTorch's own; rounding differs by about 1e-5 of the largest value"""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     """cpu, or cuda (cuda:0, ...): sequential only"""
 

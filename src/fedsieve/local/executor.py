@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedsieve.data.batches import Examples
 from fedsieve.errors import Diverged
+from fedsieve.local.convolution import accelerate
 from fedsieve.local.optim import Sgd, rate
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Kind, Layout, Masks, Params, Slot, finite
@@ -82,12 +83,16 @@ class Executor:
         """floating-point operations spent in training since the last reset, masks respected, backward as twice forward"""
         layout = spec.layout
         self._module = deepcopy(spec.module).to(self.device)
+        if local.convolution == "fast" and self.device.type == "cpu":
+            accelerate(self._module)
+        self._module.train()
         self._weights = torch.zeros(layout.size, device=self.device)
         self._gradient = torch.zeros(layout.trainable, device=self.device)
-        self._order, self._inverse = _channels_last(layout, self.device)
+        trained = [slot for slot in layout.slots if slot.kind is not Kind.BUFFER]
+        self._images = [(slice(*layout.spans[slot.name]), slot.shape) for slot in trained if len(slot.shape) == 4]
         self._parameters = _bind(self._module, layout, self._weights)
         self._weight_views = [parameter.data for parameter in self._parameters]
-        self._gradient_views = _views(layout, self._gradient, [slot for slot in layout.slots if slot.kind is not Kind.BUFFER])
+        self._gradient_views = _views(layout, self._gradient, trained)
         self._counters = [b for b in self._module.buffers() if not b.is_floating_point() and b.dim() == 0]
 
     def train(
@@ -109,7 +114,7 @@ class Executor:
         support = None
         self._load(params)
         if masks is not None:
-            support = self._inward(masks.kept.float(), layout.maskable)
+            support = self._inward(masks.kept.float())
             self._weights[: layout.maskable].mul_(support)
         velocity = self._velocity(momentum, support)
         weights = (self._weights[: layout.trainable], self._weight_views)
@@ -117,7 +122,7 @@ class Executor:
         mask = None if support is None else (support, _views(layout, support, layout.masked_slots))
         optim = Sgd(local, rate(local, streams.round, self.rounds), weights, gradient, velocity, mask, proximal)
         total, predictions = torch.zeros((), device=self.device), 0
-        self._module.train()
+        self._mode(training=True)
         for counter in self._counters:
             counter.zero_()
         with _torch_stream(streams(f"{purpose}/torch"), self.device):
@@ -141,7 +146,7 @@ class Executor:
     def evaluate(self, params: Params, examples: Examples, order: NDArray[np.int64]) -> Metrics:
         """Evaluate `params` on the examples `order` names, in evaluation mode."""
         self._load(params)
-        self._module.eval()
+        self._mode(training=False)
         correct, losses = [], []
         for x, y in examples.epoch(order, EVALUATION_BATCH):
             with self._arithmetic():
@@ -153,25 +158,37 @@ class Executor:
         predictions = len(order) * examples.y[0].numel()
         return Metrics(int(torch.stack(correct).sum()), float(torch.stack(losses).double().sum()), predictions)
 
-    def _load(self, params: Params) -> None:
-        self._weights.copy_(self._inward(params.flat, self.spec.layout.size))
+    def _mode(self, *, training: bool) -> None:
+        """Set training or evaluation mode, if it is the other: visiting all layers takes as long as part of a small step."""
+        if self._module.training is not training:
+            self._module.train(training)
 
-    def _inward(self, flat: Tensor, size: int) -> Tensor:
-        """From the order of the layout to that of the executor, on its device."""
+    def _load(self, params: Params) -> None:
+        self._weights.copy_(self._inward(params.flat))
+
+    def _inward(self, flat: Tensor) -> Tensor:
+        """From the order of the layout to that of the executor, on its device; all of the vector or its first parts."""
         flat = flat.to(self.device)
-        return flat if self._order is None else flat[self._order[:size]]
+        moved = flat.clone() if self._images else flat
+        for span, shape in self._images:
+            if span.stop <= len(flat):
+                _view(moved[span], shape).copy_(flat[span].view(shape))
+        return moved
 
     def _outward(self, flat: Tensor) -> Tensor:
         """Back, as a new tensor in main memory."""
-        flat = flat.clone() if self._inverse is None else flat[self._inverse[: len(flat)]]
-        return flat.cpu()
+        moved = flat.clone()
+        for span, shape in self._images:
+            if span.stop <= len(flat):
+                moved[span].view(shape).copy_(_view(flat[span], shape))
+        return moved.cpu()
 
     def _velocity(self, momentum: Tensor | None, support: Tensor | None) -> Tensor | None:
         if not self.local.momentum:
             return None
         velocity = torch.zeros_like(self._gradient)
         if momentum is not None:
-            velocity.copy_(self._inward(momentum, self.spec.layout.trainable))
+            velocity.copy_(self._inward(momentum))
             if support is not None:
                 velocity[: len(support)].mul_(support)
         return velocity
@@ -277,18 +294,6 @@ def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
         return flat.view(shape)
     outputs, inputs, height, width = shape
     return flat.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
-
-
-def _channels_last(layout: Layout, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Return where each element of the executor's vector stands in the layout's, and the inverse; None without convolutions."""
-    order = torch.arange(layout.size, device=device)
-    moved = False
-    for slot in layout.slots:
-        if len(slot.shape) == 4:
-            begin, end = layout.spans[slot.name]
-            order[begin:end] = order[begin:end].view(slot.shape).permute(0, 2, 3, 1).reshape(-1)
-            moved = True
-    return (order, torch.argsort(order)) if moved else (None, None)
 
 
 @contextmanager

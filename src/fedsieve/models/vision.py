@@ -13,31 +13,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn.functional import pad, relu
+from torch.nn.functional import relu
 
 from fedsieve.errors import UsageError
 
 Norm = Literal["none", "group", "batch"]
 GROUPS = 2
-
-
-class PlaneConv(nn.Conv2d):
-    """Convolution of single-channel images as one matrix product: the same function, about three times faster on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, 1, H, W) to (B, out, H', W') with channels-last strides."""
-        (high, wide), (up, across) = self.kernel_size, self.stride
-        rows, columns = (int(side) for side in self.padding)
-        patches = pad(x, (columns, columns, rows, rows)).unfold(2, high, up).unfold(3, wide, across)
-        batch, _, height, width = patches.shape[:4]
-        flat = patches.reshape(batch * height * width, high * wide)
-        outputs = nn.functional.linear(flat, self.weight.flatten(1), self.bias)
-        return outputs.view(batch, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _first(channels: int, outputs: int, kernel: int, padding: int) -> nn.Conv2d:
-    """First convolution of a network, in the form that suits the number of channels."""
-    return (PlaneConv if channels == 1 else nn.Conv2d)(channels, outputs, kernel, padding=padding)
 
 
 def lenet(shape: tuple[int, ...], classes: int) -> nn.Sequential:
@@ -52,7 +33,7 @@ def lenet(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     height, width = (((side + 2 * padding - 4) // 2 - 4) // 2 for side in (height, width))
     return nn.Sequential(
         OrderedDict(
-            conv1=_first(channels, 6, 5, padding=padding),
+            conv1=nn.Conv2d(channels, 6, 5, padding=padding),
             pool1=nn.MaxPool2d(2),
             relu1=nn.ReLU(),
             conv2=nn.Conv2d(6, 16, 5),
@@ -73,7 +54,7 @@ def cnn(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     channels, height, width = _image_shape("cnn", shape, least=4)
     return nn.Sequential(
         OrderedDict(
-            conv1=_first(channels, 32, 5, padding=2),
+            conv1=nn.Conv2d(channels, 32, 5, padding=2),
             pool1=nn.MaxPool2d(2),
             relu1=nn.ReLU(),
             conv2=nn.Conv2d(32, 64, 5, padding=2),
