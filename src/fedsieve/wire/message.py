@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -66,6 +66,7 @@ class Message:
     layout: Layout
     sections: Mapping[str, Section]
     """name [a-z0-9_]{1,16} -> encoded value, in order; at most 255"""
+    _decoded: dict[str, Params] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not _KIND.fullmatch(self.kind.encode()):
@@ -81,8 +82,10 @@ class Message:
         return Message(self.kind, self.round, self.layout, sections)
 
     def dense(self, name: str) -> Params:
-        """All parameters. They may be a view of the payload: treat them as read-only."""
-        return codecs.read_dense(self._section(name, codecs.DENSE), self.layout)
+        """All parameters. They may be a view of the payload, and whoever asks again gets the same: treat them as read-only."""
+        if name not in self._decoded:
+            self._decoded[name] = codecs.read_dense(self._section(name, codecs.DENSE), self.layout)
+        return self._decoded[name]
 
     def values(self, name: str, masks: Masks) -> Params:
         """Parameters of which the kept ones were sent; zero where pruned."""
