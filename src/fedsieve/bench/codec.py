@@ -1,4 +1,7 @@
-"""Sizes and speeds of the wire, printed: `python -m fedsieve.bench.codec [seed]`. Nothing is written."""
+"""Sizes and speeds of the wire, printed: `python -m fedsieve.bench.codec [seed]`. Nothing is written.
+
+Messages are packed into a block that is there, and unpacked from it, as worker processes and their server do it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from xxhash import xxh3_64_intdigest
 
+from fedsieve.engine.transports import keep_freed_memory
 from fedsieve.params import Kind, Layout, Masks, Params, Slot
 from fedsieve.streams import Streams
 from fedsieve.wire import Ledger, Message, Section, pack, pack_into, packed_size, sections, unpack
@@ -47,8 +51,8 @@ def section_row(name: str, layout: Layout, encode: Callable[[], Section], decode
     room = bytearray(payload)
     copy = milliseconds(lambda: room.__setitem__(slice(None), payload))
     checksum = milliseconds(lambda: xxh3_64_intdigest(payload))
-    out = milliseconds(lambda: pack(Message("train", 1, layout, {"x": encode()})))
-    back = milliseconds(lambda: decode(unpack(payload, layout)))
+    out = milliseconds(lambda: pack_into(Message("train", 1, layout, {"x": encode()}), memoryview(room)))
+    back = milliseconds(lambda: decode(unpack(room, layout)))
     copies = [(spent - checksum) / copy for spent in (out, back)]
     print(
         f"{name:22} {len(payload):9,} {copy:6.3f} {checksum:6.3f} {out:7.3f} {back:7.3f}"
@@ -75,7 +79,7 @@ def exchange_seconds(layout: Layout, cohort: int, workers: int = 2) -> float:
 
     down = milliseconds(lambda: pack(Message("train", 1, layout, {"weights": sections.dense(params)})))
     down += workers * milliseconds(lambda: unpack(packed, layout).dense("weights"))
-    up = milliseconds(lambda: pack_into(reply, slot)) + milliseconds(lambda: unpack(bytes(slot), layout).dense("update"))
+    up = milliseconds(lambda: pack_into(reply, slot)) + milliseconds(lambda: unpack(bytearray(slot), layout).dense("update"))
     return (down + cohort * up + milliseconds(ledger)) / 1e3
 
 
@@ -101,13 +105,9 @@ def main(streams: Streams) -> None:
     section_row("mask at 0.5", layout, lambda: sections.mask(half), lambda m: m.mask("x"))
     section_row("mask at 0.05", layout, lambda: sections.mask(few), lambda m: m.mask("x"))
     section_row("mask at 0.05 within 0.5", layout, lambda: sections.mask(few, half), lambda m: m.mask("x", half))
-    room = memoryview(bytearray(4 * layout.size + 256))
-    size = pack_into(Message("train", 1, layout, {"x": sections.dense(params)}), room)
-    out = milliseconds(lambda: pack_into(Message("train", 1, layout, {"x": sections.dense(params)}), room))
-    back = milliseconds(lambda: unpack(room[:size], layout).dense("x"))
-    print(f"dense fp32 in shared memory: pack_into {out:.3f} ms, unpack without a copy {back:.3f} ms")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    keep_freed_memory()
     main(Streams(int(sys.argv[1]) if len(sys.argv) > 1 else 0))

@@ -331,7 +331,7 @@ def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent.close()
     _die_with(parent_pid)
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.set_num_threads(1)
     try:
         plan = _whole(shared)
@@ -397,7 +397,7 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep freed memory instead of returning it after each step: saves hundreds of page faults a step."""
     if sys.platform == "linux":
         with suppress(AttributeError, OSError):
