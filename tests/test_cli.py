@@ -531,6 +531,41 @@ def test_killed_run_resumes_as_if_never_stopped(call, whole, workers, after):
     assert result(Path("run")) == whole
 
 
+def test_run_killed_at_twenty_random_moments_ends_as_if_never_stopped(whole):
+    """One run after another, each killed and resumed until it ends; a warm process forks the command to be killed."""
+    script = '''
+import os, random, signal, sys, time
+import torch
+from fedsieve import cli, commands, fit
+
+torch.set_num_threads(1)
+moments, kills, runs = random.Random(0), 0, 0
+while kills < 20 or os.path.exists(f"{runs}/config.toml"):
+    pid = os.fork()
+    if not pid:
+        resume = ["resume", str(runs)]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(cli.main(resume if os.path.exists(f"{runs}/config.toml") else ["run", *sys.argv[1:], "--out", str(runs)]))
+    if kills < 20:
+        time.sleep(moments.uniform(0.0, 0.6))
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    kills += os.WIFSIGNALED(status)
+    if not status:
+        runs += 1
+    elif not os.WIFSIGNALED(status):
+        sys.exit(f"run {runs} ended with {status} after {kills} kills")
+print(kills, runs)
+'''
+    done = subprocess.run([sys.executable, "-c", script, *STATEFUL, *LONG], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    kills, runs = map(int, done.stdout.split())
+    assert kills == 20
+    assert 1 <= runs < 20
+    for number in range(runs):
+        assert result(Path(str(number))) == whole
+
+
 def test_second_signal_stops_at_once():
     script = (
         "import os, signal, time\nfrom fedsieve import cli, commands\nfrom fedsieve.errors import Interrupted\n"

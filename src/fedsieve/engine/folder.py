@@ -56,12 +56,12 @@ class RunFolder:
         """
         if resume and not (path / "config.toml").is_file():
             raise UsageError(f"{path} is no run folder: it holds no config.toml. Start a run with `fedsieve run`.")
-        if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not resume and path.exists() and (not path.is_dir() or any(not each.name.startswith(".") for each in path.iterdir())):
             raise UsageError(
                 f"{path} exists: a run folder is never overwritten.\n"
                 f"Go on with `fedsieve resume {path}`, or give another --out."
             )
-        (path / "checkpoint").mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         return cls(path, identity)
 
     def describe(self, config: Mapping[str, Any], partition: Mapping[str, Any]) -> None:
@@ -101,6 +101,7 @@ class RunFolder:
     def save(self, progress: Progress) -> None:
         """Replace the checkpoint."""
         content = freeze({name: getattr(progress, name) for name in Progress.__slots__})
+        self._checkpoint.parent.mkdir(exist_ok=True)
         files.replace(self._checkpoint, freeze({"identity": self._identity, "progress": content}))
 
     def finish(self, params: Params, masks: Masks, summary: Mapping[str, Any]) -> None:
