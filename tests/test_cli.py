@@ -533,7 +533,7 @@ def test_killed_run_resumes_as_if_never_stopped(call, whole, workers, after):
 
 def test_run_killed_at_twenty_random_moments_ends_as_if_never_stopped(whole):
     """One run after another, each killed and resumed until it ends; a warm process forks the command to be killed."""
-    script = '''
+    script = """
 import os, random, signal, sys, time
 import torch
 from fedsieve import cli, commands, fit
@@ -556,7 +556,7 @@ while kills < 20 or os.path.exists(f"{runs}/config.toml"):
     elif not os.WIFSIGNALED(status):
         sys.exit(f"run {runs} ended with {status} after {kills} kills")
 print(kills, runs)
-'''
+"""
     done = subprocess.run([sys.executable, "-c", script, *STATEFUL, *LONG], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     kills, runs = map(int, done.stdout.split())

@@ -498,7 +498,7 @@ def test_runs_without_any_evaluation_are_compared_by_bytes(tmp_path):
 
 
 def test_long_curves_are_thinned_and_keep_both_ends():
-    from fedsieve.report.page import MOST_POINTS, _thinned
+    from fedsieve.report.plots import MOST_POINTS, _thinned
 
     assert _thinned(MOST_POINTS) == list(range(MOST_POINTS))
     kept = _thinned(100_000)

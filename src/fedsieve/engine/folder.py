@@ -56,7 +56,7 @@ class RunFolder:
         """
         if resume and not (path / "config.toml").is_file():
             raise UsageError(f"{path} is no run folder: it holds no config.toml. Start a run with `fedsieve run`.")
-        if not resume and path.exists() and (not path.is_dir() or any(not each.name.startswith(".") for each in path.iterdir())):
+        if not resume and path.exists() and (not path.is_dir() or any(path.glob("[!.]*"))):
             raise UsageError(
                 f"{path} exists: a run folder is never overwritten.\n"
                 f"Go on with `fedsieve resume {path}`, or give another --out."

@@ -8,38 +8,27 @@ are told apart by letters at their ends, not by colour alone. Equal run folders 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedsieve.errors import UsageError
+from fedsieve.report.plots import HUES, INK, MUTED, VARIABLES, WIDTH, Line, canvas, coloured, plot, whole_numbers, with_ids
 from fedsieve.report.records import Outcome, Run, differences, flat, groups, names, number, outcome, read, show
 from fedsieve.report.table import digits, markdown, printable, rows, size, summary_markdown
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-WIDTH = 560
-"""width of a plot, in the units of its view box: CSS pixels where the column is that wide"""
-MOST_POINTS = 300
 MOST_BARS = 60
 MOST_CLIENTS = 200
 MOST_LOST = 50
 
-_INK, _MUTED, _RULE, _PAPER = "#1b1f24", "#59636e", "#d9dee4", "#fffffe"
-_HUES = ("#0072b2", "#c2500a", "#007a5a", "#9c3f86", "#96680a", "#4a525b")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-_PHASES = {"train": _HUES[0], "masks": _HUES[1], "setup": _HUES[2], "control": _HUES[3], "eval": _HUES[5]}
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _RULE: "rule", _PAPER: "paper"} | {h: f"hue{i}" for i, h in enumerate(_HUES)}
+_PHASES = {"train": HUES[0], "masks": HUES[1], "setup": HUES[2], "control": HUES[3], "eval": HUES[5]}
 _DARK = {
     **{"ink": "#e8ebee", "muted": "#a3adb8", "rule": "#343b43", "paper": "#14181d"},
     **{"hue0": "#5ab4ec", "hue1": "#ff9057", "hue2": "#3ecb9f", "hue3": "#e392cf", "hue4": "#e6b84a", "hue5": "#c3cad2"},
@@ -135,7 +124,7 @@ def _comparison(runs: Sequence[Run]) -> str:
 def _page(title: str, parts: Sequence[str]) -> str:
     body = "\n".join(part for part in parts if part)
     counter = iter(range(1, 1000))
-    body = re.sub(r'(<svg class="plot".*?</svg>)', lambda found: _with_ids(found[1], f"p{next(counter)}-"), body, flags=re.S)
+    body = re.sub(r'(<svg class="plot".*?</svg>)', lambda found: with_ids(found[1], f"p{next(counter)}-"), body, flags=re.S)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -152,7 +141,7 @@ def _page(title: str, parts: Sequence[str]) -> str:
 
 
 def _style() -> str:
-    light = "".join(f"--{name}:{colour};" for colour, name in _VARIABLES.items())
+    light = "".join(f"--{name}:{colour};" for colour, name in VARIABLES.items())
     dark = "".join(f"--{name}:{colour};" for name, colour in _DARK.items())
     return f":root{{{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{_CSS}"
 
@@ -316,17 +305,17 @@ def _accuracy_figures(run: Run) -> list[str]:
     if not curve.accuracy:
         why = "No round has been evaluated." if run.rows else "No round has been completed."
         return [_figure(title, why, "") for title in titles]
-    lines = [Line("test", curve.rounds, curve.accuracy, _HUES[0])]
+    lines = [Line("test", curve.rounds, curve.accuracy, HUES[0])]
     caption = "Test accuracy of the server's model after each evaluated round."
     clients = [(row["round"], row["client_accuracy"]) for row in run.rows if row.get("client_accuracy")]
     clients = [(x, found) for x, found in clients if all(number(found.get(key)) is not None for key in ("p10", "mean", "p90"))]
     if clients:
         low, middle, high = ([100 * found[key] for _, found in clients] for key in ("p10", "mean", "p90"))
-        lines.append(Line("clients", [x for x, _ in clients], middle, _HUES[1], _DASHES[1], low, high))
+        lines.append(Line("clients", [x for x, _ in clients], middle, HUES[1], _DASHES[1], low, high))
         caption += " Dashed: mean over the clients' own test examples; band: 10th to 90th percentile of the clients."
-    first = _figure(titles[0], caption, _plot(lines, "round", "accuracy (%)", percent=True, whole=True))
+    first = _figure(titles[0], caption, plot(lines, "round", "accuracy (%)", percent=True, whole=True))
     caption = "The same test accuracy against all bytes carried so far, uplink and downlink, without evaluation."
-    second = _plot([Line("test", curve.megabytes, curve.accuracy, _HUES[0])], "MB up + down", "accuracy (%)", percent=True)
+    second = plot([Line("test", curve.megabytes, curve.accuracy, HUES[0])], "MB up + down", "accuracy (%)", percent=True)
     return [first, _figure(titles[1], caption, second)]
 
 
@@ -335,10 +324,10 @@ def _density_figure(run: Run) -> str:
     if not points:
         return _figure("Density over the rounds", "No density was recorded.", "")
     log = _far_apart([y for _, y in points])
-    line = Line("", [x for x, _ in points], [y for _, y in points], _HUES[0])
+    line = Line("", [x for x, _ in points], [y for _, y in points], HUES[0])
     axis = "density (log scale)" if log else "density"
     caption = f"Share of the prunable weights that are kept: {digits(points[-1][1], 'share')} after round {points[-1][0]}."
-    return _figure("Density over the rounds", caption, _plot([line], "round", axis, whole=True, logy=log))
+    return _figure("Density over the rounds", caption, plot([line], "round", axis, whole=True, logy=log))
 
 
 def _layers_figure(run: Run) -> str:
@@ -350,16 +339,16 @@ def _layers_figure(run: Run) -> str:
     caption = f"Share of each layer's weights that is kept after round {last}, from input to output."
     if len(shown) < len(densities):
         caption += f" The first {len(shown)} of {len(densities)} layers."
-    with _canvas(28 + (22 if len(shown) <= 25 else 15) * len(shown)) as drawing:
+    with canvas(28 + (22 if len(shown) <= 25 else 15) * len(shown)) as drawing:
         labels = [_shorten(name, 30) for name, _ in shown]
         axes = drawing.axes(left=14 + 6.4 * max(map(len, labels)), right=52, bottom=24, top=4)
-        axes.barh(range(len(shown)), [density for _, density in shown], height=0.66, color=_HUES[0], linewidth=0)
+        axes.barh(range(len(shown)), [density for _, density in shown], height=0.66, color=HUES[0], linewidth=0)
         axes.set(xlim=(0, 1), ylim=(len(shown) - 0.4, -0.6))
         axes.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "0.25", "0.5", "0.75", "1"))
-        axes.set_yticks(range(len(shown)), labels, fontsize=12 if len(shown) <= 25 else 10, color=_INK)
+        axes.set_yticks(range(len(shown)), labels, fontsize=12 if len(shown) <= 25 else 10, color=INK)
         axes.grid(visible=False, axis="y")
         for i, (_, density) in enumerate(shown):
-            axes.annotate(digits(density, "share"), (density, i), (5, 0), textcoords="offset points", va="center", color=_INK)
+            axes.annotate(digits(density, "share"), (density, i), (5, 0), textcoords="offset points", va="center", color=INK)
     return _figure("Density of each layer", caption, drawing.svg)
 
 
@@ -384,7 +373,7 @@ def _phases_figure(run: Run) -> str:
     step = -(-len(run.rows) // 120)
     chunks = [run.rows[i : i + step] for i in range(0, len(run.rows), step)]
     edges = [chunk[0]["round"] - 0.5 for chunk in chunks] + [run.rows[-1]["round"] + 0.5]
-    with _canvas(320) as drawing:
+    with canvas(320) as drawing:
         panels = [drawing.axes(left=48, right=8, bottom=182, top=20), drawing.axes(left=48, right=8, bottom=40, top=162)]
         for axes, way, name in zip(panels, ("up", "down"), ("uplink", "downlink"), strict=True):
             base = [0.0] * len(chunks)
@@ -393,9 +382,9 @@ def _phases_figure(run: Run) -> str:
                 axes.stairs(top, edges, baseline=base, fill=True, facecolor=_PHASES[phase], linewidth=0)
                 base = top
             axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.08 * max(base) or 1))
-            axes.set_title(f"{name}, MB a round", loc="left", fontsize=13, color=_MUTED, pad=5)
+            axes.set_title(f"{name}, MB a round", loc="left", fontsize=13, color=MUTED, pad=5)
             axes.locator_params(axis="y", nbins=4)
-            _whole(axes)
+            whole_numbers(axes)
         panels[0].tick_params(labelbottom=False)
         panels[1].set_xlabel("round")
     caption = "Messages carried in each round; the two panels have their own scales."
@@ -408,7 +397,7 @@ def _phase_key(phases: Sequence[str]) -> str:
         '<p class="phases">'
         + "".join(
             f'<span><svg class="swatch box" viewBox="0 0 12 12" aria-hidden="true"><rect width="12" height="12" '
-            f'style="fill: {_coloured(_PHASES[phase])}"/></svg>{phase}{" (not in the totals)" * (phase == "eval")}</span>'
+            f'style="fill: {coloured(_PHASES[phase])}"/></svg>{phase}{" (not in the totals)" * (phase == "eval")}</span>'
             for phase in phases
         )
         + "</p>"
@@ -444,12 +433,12 @@ def _labels_figure(run: Run) -> str:
     caption = "Above: training examples of each client. Below: the share that each label has of them."
     if count < len(histogram):
         caption += f" {count} of the {len(histogram):,} clients, evenly spaced."
-    with _canvas(340) as drawing:
+    with canvas(340) as drawing:
         from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
-        colours = LinearSegmentedColormap.from_list("share", [to_rgba(_HUES[0], 0.03), to_rgba(_HUES[0], 1.0)])
+        colours = LinearSegmentedColormap.from_list("share", [to_rgba(HUES[0], 0.03), to_rgba(HUES[0], 1.0)])
         bars = drawing.axes(left=58, right=66, bottom=270, top=8)
-        bars.stairs(examples, [i - 0.5 for i in range(count + 1)], fill=True, facecolor=_MUTED, linewidth=0)
+        bars.stairs(examples, [i - 0.5 for i in range(count + 1)], fill=True, facecolor=MUTED, linewidth=0)
         bars.set(xlim=(-0.5, count - 0.5), ylim=(0, 1.1 * max(max(examples), 1)), ylabel="examples")
         bars.locator_params(axis="y", nbins=3)
         bars.tick_params(labelbottom=False)
@@ -458,7 +447,7 @@ def _labels_figure(run: Run) -> str:
         cells.set(xlabel="client" if count == len(histogram) else "client (selection)", ylabel="label")
         cells.grid(visible=False)
         cells.locator_params(axis="y", integer=True, nbins=11)
-        _whole(cells)
+        whole_numbers(cells)
         if count < len(histogram):
             where = [i * (count - 1) // 4 for i in range(5)]
             cells.set_xticks(where, [str(i * len(histogram) // count) for i in where])
@@ -591,8 +580,8 @@ def _lines_of(runs: Sequence[Run]) -> list[Group]:
             mark=(chr(ord("A") + i // 26 - 1) if i >= 26 else "") + chr(ord("A") + i % 26),
             name=title if len(group) == 1 else f"{title} ({size(group)})",
             runs=group,
-            colour=_HUES[i % len(_HUES)],
-            dash=_DASHES[i // len(_HUES) % len(_DASHES)],
+            colour=HUES[i % len(HUES)],
+            dash=_DASHES[i // len(HUES) % len(_DASHES)],
         )
         for i, (group, title) in enumerate(zip(together, titles, strict=True))
     ]
@@ -602,7 +591,7 @@ def _mark(line: Group) -> str:
     dashes = "" if line.dash == "-" else f' stroke-dasharray="{" ".join(str(2 * length) for length in line.dash[1])}"'
     return (
         f'<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true"><path d="M0 5H26" fill="none" '
-        f'style="stroke: var(--{_VARIABLES[line.colour]})" stroke-width="2.5"{dashes}/></svg><b>{line.mark}</b>'
+        f'style="stroke: var(--{VARIABLES[line.colour]})" stroke-width="2.5"{dashes}/></svg><b>{line.mark}</b>'
     )
 
 
@@ -648,12 +637,12 @@ def _accuracy_comparison(lines: Sequence[Group]) -> list[str]:
         title = f"Accuracy against {'round' if kind == 'rounds' else kind}"
         if not drawn:
             return [_figure("Accuracy", "No run has been evaluated.", "")]
-        svg = _plot(drawn, axis, "accuracy (%)", percent=True, whole=kind == "rounds", logx=log and kind == "megabytes")
+        svg = plot(drawn, axis, "accuracy (%)", percent=True, whole=kind == "rounds", logx=log and kind == "megabytes")
         figures.append(_figure(title, caption, svg))
         if kind == "megabytes":
             ends = [replace(line, x=line.x[-1:], y=line.y[-1:], low=None, high=None) for line in drawn]
     caption = "Where each run ended: up and to the left is better." + (" Mean over the seeds." if band else "") + scale
-    svg = _plot(ends, "MB up + down", "accuracy (%)", percent=True, logx=log)
+    svg = plot(ends, "MB up + down", "accuracy (%)", percent=True, logx=log)
     return [*figures, _figure("Last accuracy against megabytes", caption, svg)]
 
 
@@ -692,7 +681,7 @@ def _density_comparison(lines: Sequence[Group]) -> str:
         return _figure("Density over the rounds", "No density was recorded.", "")
     log = _far_apart([y for line in drawn for y in line.y])
     caption = "Share of the prunable weights that are kept after each round." + " Log scale." * log
-    svg = _plot(drawn, "round", "density", whole=True, logy=log)
+    svg = plot(drawn, "round", "density", whole=True, logy=log)
     return _figure("Density over the rounds", caption, svg)
 
 
@@ -705,7 +694,7 @@ def _phases_comparison(lines: Sequence[Group]) -> str:
     used = [phase for phase in _PHASES if any(carried[phase] for _, carried in bars)]
     if not used:
         return _figure("Megabytes carried, by phase", "No bytes were carried.", "")
-    with _canvas(48 + 40 * len(lines)) as drawing:
+    with canvas(48 + 40 * len(lines)) as drawing:
         axes = drawing.axes(left=58, right=62, bottom=40, top=4)
         spots = [i // 2 + (-0.19 if i % 2 == 0 else 0.19) for i in range(len(bars))]
         for spot, (_, carried) in zip(spots, bars, strict=True):
@@ -714,9 +703,9 @@ def _phases_comparison(lines: Sequence[Group]) -> str:
                 axes.barh(spot, carried[phase], left=start, height=0.32, color=_PHASES[phase], linewidth=0)
                 start += carried[phase]
             text = digits(start - carried["eval"])
-            axes.annotate(text, (start, spot), (5, 0), textcoords="offset points", va="center", fontsize=11, color=_INK)
+            axes.annotate(text, (start, spot), (5, 0), textcoords="offset points", va="center", fontsize=11, color=INK)
         axes.set(xlim=(0, max(sum(carried.values()) for _, carried in bars)), ylim=(len(lines) - 0.5, -0.5), xlabel="MB")
-        axes.set_yticks(spots, [name for name, _ in bars], fontsize=11, color=_INK)
+        axes.set_yticks(spots, [name for name, _ in bars], fontsize=11, color=INK)
         axes.grid(visible=False, axis="y")
     several = " (mean over the seeds)" if any(len(group.runs) > 1 for group in lines) else ""
     caption = f"All messages of the whole run{several}. The number at each bar is its sum without evaluation."
@@ -732,179 +721,6 @@ def _differences_html(lines: Sequence[Group]) -> str:
         body.append([f"<code>{_text(key)}</code>", *map(_text, cells)])
     head = ["setting", *(f'<span class="mark">{_mark(line)}</span>' for line in lines)]
     return _table(head, body, words=range(len(head)))
-
-
-# ------------------------------------------------------------------------------------------------ plots
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of a plot: its mark at the end, its points, and the band around it if it has one."""
-
-    mark: str
-    x: list[float]
-    y: list[float]
-    colour: str
-    dash: Any = "-"
-    low: list[float] | None = None
-    high: list[float] | None = None
-
-
-class _Canvas:
-    """A figure whose axes are placed by margins in the units of the view box."""
-
-    def __init__(self, figure: Figure, height: float) -> None:
-        self.figure, self.height, self.svg = figure, height, ""
-
-    def axes(self, *, left: float, right: float, bottom: float, top: float) -> Axes:
-        """Add axes that leave these margins."""
-        place = (left / WIDTH, bottom / self.height, (WIDTH - left - right) / WIDTH, (self.height - bottom - top) / self.height)
-        return self.figure.add_axes(place)
-
-
-_LOOK: dict[Any, Any] = {
-    **{"svg.fonttype": "none", "svg.hashsalt": "fedsieve", "image.composite_image": False, "text.parse_math": False},
-    **{
-        "font.size": 13,
-        "axes.labelsize": 13,
-        "xtick.labelsize": 13,
-        "ytick.labelsize": 13,
-        "lines.linewidth": 2,
-        "lines.markeredgewidth": 0,
-        "lines.solid_joinstyle": "round",
-    },
-    **{"text.color": _INK, "axes.labelcolor": _MUTED, "xtick.labelcolor": _MUTED, "ytick.labelcolor": _MUTED},
-    **{"axes.edgecolor": _MUTED, "axes.facecolor": "none", "axes.grid": True, "axes.axisbelow": True},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False},
-    **{"grid.color": _RULE, "grid.linewidth": 1, "xtick.color": _MUTED, "ytick.major.size": 0, "xtick.major.size": 4},
-    **{"axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 7), "axes.unicode_minus": True},
-}
-
-
-@contextlib.contextmanager
-def _canvas(height: float) -> Iterator[_Canvas]:
-    """Give a canvas to draw on; its `svg` is there once the block has ended. A user's matplotlibrc has no say."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's browser brings the fonts
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_LOOK)
-        drawing = _Canvas(Figure(figsize=(WIDTH / 72, height / 72), facecolor="none"), height)
-        yield drawing
-        text = io.StringIO()
-        drawing.figure.savefig(text, format="svg", metadata={"Date": None})
-    drawing.svg = _inline(text.getvalue())
-
-
-def _inline(svg: str) -> str:
-    """Return a drawing as it may stand in a page: no prolog, no metadata, no fixed size or font, colours as variables."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
-    box = re.search(r'viewBox="[^"]*"', svg)
-    svg = re.sub(r"<svg [^>]*>", f"<svg {box[0] if box else ''}>", svg, count=1)
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r"font: ([^;\"]*?)(\d[\d.]*px)[^;\"]*", r"font: \1\2 system-ui, sans-serif", svg)
-    return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda found: _coloured(found[0]), svg).strip()
-
-
-def _coloured(colour: str) -> str:
-    return f"var(--{_VARIABLES[colour]})" if colour in _VARIABLES else colour
-
-
-def _with_ids(svg: str, prefix: str) -> str:
-    """Return the drawing with ids of its own, as several stand in one page."""
-    svg = re.sub(r'(<[^>]*? id=")', rf"\g<1>{prefix}", svg)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", svg)
-
-
-def _plot(
-    lines: Sequence[Line],
-    xlabel: str,
-    ylabel: str,
-    *,
-    percent: bool = False,
-    whole: bool = False,
-    logx: bool = False,
-    logy: bool = False,
-) -> str:
-    """Return a line plot as SVG, each line with its mark at its end."""
-    with _canvas(320) as drawing:
-        axes = drawing.axes(left=48, right=14 + 7 * max(len(line.mark) for line in lines), bottom=42, top=24)
-        for line in lines:
-            keep = _thinned(len(line.x))
-            x, y = [line.x[i] for i in keep], [line.y[i] for i in keep]
-            if line.low is not None and line.high is not None:
-                band = [line.low[i] for i in keep], [line.high[i] for i in keep]
-                axes.fill_between(x, *band, color=line.colour, alpha=0.16, linewidth=0)
-            dotted = len(x) == 1 or (len(x) <= 25 and len(lines) <= 6)
-            axes.plot(
-                x, y, color=line.colour, linestyle=line.dash, marker="o" if dotted else "", markersize=9 if len(x) == 1 else 5
-            )
-        axes.set_xlabel(xlabel)
-        axes.set_title(ylabel, loc="left", fontsize=13, color=_MUTED, pad=8, x=-48 / (axes.get_position().width * WIDTH))
-        _scale(axes, logx=logx, logy=logy, whole=whole)
-        if percent:
-            bottom, top = axes.get_ylim()
-            axes.set_ylim(max(bottom, 0), min(top, 100.5))
-        elif not logy:
-            axes.set_ylim(0, max(1.05 * axes.dataLim.y1, 1e-9))
-        if all(line.mark for line in lines) and (len(lines) > 1 or lines[0].mark != "test"):
-            _mark_ends(axes, lines)
-    return drawing.svg
-
-
-def _scale(axes: Axes, *, logx: bool, logy: bool, whole: bool) -> None:
-    """Set the scales and plain numbers at few ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    axes.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
-    for axis, log in ((axes.xaxis, logx), (axes.yaxis, logy)):
-        low, high = axis.get_view_interval()
-        axis.set_major_locator(
-            LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)) if log else MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10])
-        )
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.8g}"))
-    if whole:
-        _whole(axes)
-
-
-def _whole(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-
-def _thinned(count: int) -> list[int]:
-    """Return the positions of at most MOST_POINTS of `count` points, evenly spaced, the first and the last among them."""
-    if count <= MOST_POINTS:
-        return list(range(count))
-    return [i * (count - 1) // (MOST_POINTS - 1) for i in range(MOST_POINTS)]
-
-
-def _mark_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Write each line's mark behind its last point, moved up or down as far as the marks need to stand apart."""
-    ends = [axes.transData.transform((line.x[-1], line.y[-1])) for line in lines]
-    placed: list[tuple[float, float]] = []
-    for i in sorted(range(len(lines)), key=lambda i: float(ends[i][1])):
-        x, y = float(ends[i][0]), float(ends[i][1])
-        while any(abs(x - px) < 10 * len(lines[i].mark) + 4 and abs(y - py) < 15 for px, py in placed):
-            y += 2
-        placed.append((x, y))
-        axes.annotate(
-            lines[i].mark,
-            (lines[i].x[-1], lines[i].y[-1]),
-            (7, y - float(ends[i][1])),
-            textcoords="offset points",
-            va="center",
-            fontweight="bold",
-            color=lines[i].colour,
-            annotation_clip=False,
-            bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 0, "alpha": 0.7},
-        )
 
 
 def _shorten(name: str, length: int) -> str:
