@@ -80,11 +80,13 @@ def as_table(section: Any) -> dict[str, Any]:
 def nearest(word: str, words: Iterable[str]) -> str:
     """Return ` Did you mean X?` for the nearest of the words, or nothing where none is near.
 
-    A key that exists in another section is nearer than any that is merely spelt alike.
+    A key that exists in another section is nearer than any that is merely spelt alike, and more so if it is as deep.
     """
     words = list(words)
     last = word.lstrip("-").rpartition(".")[2]
-    match = get_close_matches(word, [each for each in words if each.rpartition(".")[2] == last] or words, n=1, cutoff=0.5)
+    alike = [each for each in words if each.rpartition(".")[2] == last]
+    as_deep = [each for each in alike if each.count(".") == word.count(".")]
+    match = get_close_matches(word, as_deep or alike or words, n=1, cutoff=0.0 if alike else 0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
