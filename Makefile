@@ -1,9 +1,9 @@
-# make setup | test | demo | bench | reproduce
+# make setup | test | demo | bench | bench-check | reproduce
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: setup test lint demo bench reproduce clean
+.PHONY: setup test lint demo bench bench-check reproduce clean
 
 setup: .venv/.stamp
 
@@ -30,6 +30,9 @@ bench: setup
 	$(BIN)/python -m fedsieve.bench.codec
 	$(BIN)/python -m fedsieve.bench.rounds
 	$(BIN)/python -m fedsieve.bench.memory
+
+bench-check: setup
+	$(BIN)/python -m fedsieve.bench.history
 
 reproduce: setup
 	$(BIN)/python -m fedsieve.bench.reproduce

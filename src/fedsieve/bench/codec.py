@@ -1,4 +1,4 @@
-"""Sizes and speeds of the wire, printed: `python -m fedsieve.bench.codec [seed]`. Nothing is written.
+"""Sizes and speeds of the wire, printed: `python -m fedsieve.bench.codec [seed]`.
 
 Messages are packed into a block that is there, and unpacked from it, as worker processes and their server do it.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from xxhash import xxh3_64_intdigest
 
+from fedsieve.bench import history
 from fedsieve.engine.transports import keep_freed_memory
 from fedsieve.params import Kind, Layout, Masks, Params, Slot
 from fedsieve.streams import Streams
@@ -35,18 +36,19 @@ def milliseconds(act: Callable[[], object], repeats: int = 15) -> float:
     return 1e3 * median(times[1:])
 
 
-def mask_row(streams: Streams, density: float, n: int = 1_000_000) -> None:
-    """Print bytes, bytes over entropy, and speeds of one random mask."""
+def mask_row(streams: Streams, density: float, n: int = 1_000_000) -> float:
+    """Print bytes, bytes over entropy, and speeds of one random mask; return entropy over bytes."""
     bits = streams(f"mask {density}").uniform(n) < density
     coding, body = encode_mask(bits, [n])
     encode = milliseconds(lambda: encode_mask(bits, [n]))
     decode = milliseconds(lambda: decode_mask(coding, memoryview(body), [n]))
     floor = entropy_bits(int(np.count_nonzero(bits)), n) / 8
     print(f"{density:7} {coding.name:7} {len(body):9,} {len(body) / floor:8.4f} {encode:8.2f} {decode:8.2f}")
+    return floor / len(body)
 
 
-def section_row(name: str, layout: Layout, encode: Callable[[], Section], decode: Callable[[Message], object]) -> None:
-    """Print times of one section in a message, also as copies of the payload, the checksum taken off."""
+def section_row(name: str, layout: Layout, encode: Callable[[], Section], decode: Callable[[Message], object]) -> list[float]:
+    """Print times of one section in a message, also as copies of the payload, the checksum taken off; return these two."""
     payload = pack(Message("train", 1, layout, {"x": encode()}))
     room = bytearray(payload)
     copy = milliseconds(lambda: room.__setitem__(slice(None), payload))
@@ -58,6 +60,7 @@ def section_row(name: str, layout: Layout, encode: Callable[[], Section], decode
         f"{name:22} {len(payload):9,} {copy:6.3f} {checksum:6.3f} {out:7.3f} {back:7.3f}"
         f" {copies[0]:9.1f} {copies[1]:7.1f} {1e6 * out / layout.size:9.2f} {1e6 * back / layout.size:6.2f}"
     )
+    return copies
 
 
 def exchange_seconds(layout: Layout, cohort: int, workers: int = 2) -> float:
@@ -84,11 +87,10 @@ def exchange_seconds(layout: Layout, cohort: int, workers: int = 2) -> float:
 
 
 def main(streams: Streams) -> None:
-    """Print both tables."""
+    """Print both tables, and add to results/bench.jsonl."""
     print("random masks of 1,000,000 bits")
     print("density coding      bytes /entropy  encode   decode (ms)")
-    for density in DENSITIES:
-        mask_row(streams, density)
+    figures = {f"mask {density}: entropy over bytes": mask_row(streams, density) for density in DENSITIES}
 
     weights = PARAMETERS - 2_000
     layout = Layout.of([Slot("weight", (weights,), Kind.WEIGHT, True, 0), Slot("bias", (2_000,), Kind.BIAS, False, 0)])
@@ -97,7 +99,8 @@ def main(streams: Streams) -> None:
     half, few = (Masks(layout, uniform < density) for density in (0.5, 0.05))
     print(f"\none model of {layout.size:,} parameters: ms; copies of the payload, checksum taken off; ns a parameter")
     print("section                    bytes   copy   xxh3    pack  unpack   pack(c) unpack(c) pack(ns) unpack(ns)")
-    section_row("dense fp32", layout, lambda: sections.dense(params), lambda m: m.dense("x"))
+    out, back = section_row("dense fp32", layout, lambda: sections.dense(params), lambda m: m.dense("x"))
+    history.add("codec", figures | {"dense fp32: copies over pack": 1 / out, "dense fp32: copies over unpack": 1 / back})
     section_row("dense fp16", layout, lambda: sections.dense(params, "fp16"), lambda m: m.dense("x"))
     section_row("dense bf16", layout, lambda: sections.dense(params, "bf16"), lambda m: m.dense("x"))
     section_row("values at 0.5", layout, lambda: sections.values(params, half), lambda m: m.values("x", half))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedsieve import files
 from fedsieve.algorithms.fedavg import FedAvg
+from fedsieve.bench import history
 from fedsieve.data.batches import federate
 from fedsieve.data.datasets import load
 from fedsieve.engine.folder import environment
@@ -49,6 +50,7 @@ def main() -> int:
     print(f"{COHORTS[-1]} against {COHORTS[0]}: {ratio:.3f}")
     figures = {"peak_bytes": peaks, "ratio": ratio, "goal": 1.1, **environment()}
     files.replace(Path("results/bench_memory.json"), json.dumps(figures, indent=2) + "\n")
+    history.add("memory", {"smallest over largest cohort": 1 / ratio})
     return 0
 
 

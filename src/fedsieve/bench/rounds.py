@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fedsieve import files
 from fedsieve.algorithms.fedavg import FedAvg
+from fedsieve.bench import history
 from fedsieve.bench.codec import exchange_seconds
 from fedsieve.data.batches import Federation, federate
 from fedsieve.data.datasets import load
@@ -63,7 +64,7 @@ TASKS = (
 )
 
 
-def measure(task: Task, workers: int = 2) -> dict[str, float | str]:
+def measure(task: Task, workers: int = 2) -> dict[str, float]:
     """Play a task both ways, round by round in turn; return rounds per second, their ratio and the share of the codec."""
     settings = Data(name="fashion-mnist", clients=task.clients)
     data = federate(load(settings), settings, Streams(0))
@@ -88,7 +89,6 @@ def measure(task: Task, workers: int = 2) -> dict[str, float | str]:
     seconds, plain_seconds = statistics.fmean(ours[EVERY:]), statistics.fmean(theirs[EVERY:])
     codec = exchange_seconds(spec.layout, task.cohort)
     return {
-        "job": task.name,
         "rounds_per_second": 1 / seconds,
         "plain_rounds_per_second": 1 / plain_seconds,
         "ratio": plain_seconds / seconds,
@@ -153,9 +153,10 @@ def main() -> int:
     rows = []
     for task in chosen:
         row = measure(task)
-        rows.append(row)
+        rows.append({"job": task.name, **row})
+        history.add("rounds", {task.name: row["ratio"]})
         print(
-            f"{row['job']}  {row['rounds_per_second']:.3f} rounds/s  plain {row['plain_rounds_per_second']:.3f}"
+            f"{task.name}  {row['rounds_per_second']:.3f} rounds/s  plain {row['plain_rounds_per_second']:.3f}"
             f"  ratio {row['ratio']:.2f} (goal {row['goal']})  codec {row['codec_share']:.1%} of a round"
             f"  accuracy {row['accuracy']:.3f} / {row['plain_accuracy']:.3f}",
             flush=True,
