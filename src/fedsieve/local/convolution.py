@@ -1,6 +1,6 @@
 """Which algorithm computes a convolution on a CPU: the same function by other operations, where these are faster.
 
-    one channel                    one matrix product over unfolded patches
+    one channel                    one matrix product over the taps
     3x3, 5x5, 32 channels or more  Winograd's algorithm, see `fedsieve.local.winograd`
     else                           PyTorch's own
 
@@ -10,6 +10,7 @@ The choice depends on the layer alone, never on the machine, so a config repeats
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +43,12 @@ def _plane(layer: nn.Conv2d, x: Tensor) -> Tensor:
         return nn.Conv2d.forward(layer, x)
     (high, wide), (up, across) = layer.kernel_size, layer.stride
     rows, columns = (int(side) for side in layer.padding)
-    patches = pad(x, (columns, columns, rows, rows)).unfold(2, high, up).unfold(3, wide, across)
-    batch, _, height, width = patches.shape[:4]
-    flat = patches.reshape(batch * height * width, high * wide)
-    outputs = linear(flat, layer.weight.flatten(1), layer.bias)
-    return outputs.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    padded = pad(x.squeeze(1), (columns, columns, rows, rows))
+    height, width = 1 + (padded.shape[1] - high) // up, 1 + (padded.shape[2] - wide) // across
+    begins = product(range(high), range(wide))
+    taps = torch.stack([padded[:, i : i + up * height : up, j : j + across * width : across] for i, j in begins])
+    outputs = linear(taps.flatten(1).t(), layer.weight.flatten(1), layer.bias)
+    return outputs.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
 def _winograd(layer: nn.Conv2d, x: Tensor) -> Tensor:
