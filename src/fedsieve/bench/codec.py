@@ -18,7 +18,7 @@ from fedsieve.bench import history
 from fedsieve.engine.transports import keep_freed_memory
 from fedsieve.params import Kind, Layout, Masks, Params, Slot
 from fedsieve.streams import Streams
-from fedsieve.wire import Ledger, Message, Section, pack, pack_into, packed_size, sections, unpack
+from fedsieve.wire import Ledger, Message, Section, pack, pack_into, sections, unpack
 from fedsieve.wire.bits import decode_mask, encode_mask, entropy_bits
 
 DENSITIES = (0.5, 0.4, 0.2, 0.1, 0.05, 0.01, 0.001)
@@ -69,10 +69,15 @@ def exchange_seconds(layout: Layout, cohort: int, workers: int = 2) -> float:
     One broadcast is packed once and unpacked once in each worker; each reply is packed by a client and unpacked by the server.
     """
     params = Params(layout, torch.from_numpy(Streams(0)("params").uniform(layout.size)).float())
-    broadcast = Message("train", 1, layout, {"weights": sections.dense(params)})
-    reply = Message("train", 1, layout, {"update": sections.dense(params), "examples": sections.number(600)})
-    slot = memoryview(bytearray(packed_size(reply)))
-    packed, answered = pack(broadcast), pack(reply)
+
+    def broadcast() -> Message:
+        return Message("train", 1, layout, {"weights": sections.dense(params)})
+
+    def reply() -> Message:
+        return Message("train", 1, layout, {"update": sections.dense(params), "examples": sections.number(600)})
+
+    packed, answered = (bytearray(pack(message())) for message in (broadcast, reply))
+    slot = memoryview(bytearray(answered))
 
     def ledger() -> None:
         book = Ledger()
@@ -80,9 +85,9 @@ def exchange_seconds(layout: Layout, cohort: int, workers: int = 2) -> float:
             book.count("down", packed)
             book.count("up", answered)
 
-    down = milliseconds(lambda: pack(Message("train", 1, layout, {"weights": sections.dense(params)})))
+    down = milliseconds(lambda: pack(broadcast()))
     down += workers * milliseconds(lambda: unpack(packed, layout).dense("weights"))
-    up = milliseconds(lambda: pack_into(reply, slot)) + milliseconds(lambda: unpack(bytearray(slot), layout).dense("update"))
+    up = milliseconds(lambda: pack_into(reply(), slot)) + milliseconds(lambda: unpack(answered, layout).dense("update"))
     return (down + cohort * up + milliseconds(ledger)) / 1e3
 
 

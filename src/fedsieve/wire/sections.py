@@ -7,6 +7,7 @@ from the masks.
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -300,7 +301,7 @@ def read_vector(section: Section) -> Tensor:
 def _vector(params: Params) -> Tensor:
     if params.flat.ndim != 1:
         raise ValueError(f"parameters of shape {tuple(params.flat.shape)}; a message holds those of one model")
-    return params.flat.detach().to("cpu", torch.float32).contiguous()
+    return params.flat.detach().to("cpu", torch.float32)
 
 
 def _floats(flat: Tensor, dtype: torch.dtype) -> memoryview:
@@ -310,7 +311,7 @@ def _floats(flat: Tensor, dtype: torch.dtype) -> memoryview:
         where = int(raw.isfinite().logical_not().nonzero()[0])
         raise WireError(Reason.NONFINITE, 0, f"element {where} is {float(flat[where])}, not finite as {dtype}")
     array = raw.view(torch.int16).numpy() if dtype.itemsize == 2 else raw.numpy()
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
+    return (array if sys.byteorder == "little" else array.byteswap()).view(np.uint8).data
 
 
 def _finite(flat: Tensor) -> bool:
