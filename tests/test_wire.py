@@ -678,7 +678,7 @@ def test_values_that_are_not_finite_are_not_sent():
     layout = layout_of((4,), 0, 0)
     for precision, value in (("fp32", float("nan")), ("fp32", float("-inf")), ("fp16", 65520.0), ("bf16", 3.4e38)):
         params = Params(layout, torch.tensor([0.0, 1.0, value, 2.0]))
-        assert refusal(lambda p=params, f=precision: sections.dense(p, f)).reason is Reason.NONFINITE
+        assert refusal(lambda p=params, f=precision: carried(sections.dense(p, f), layout)).reason is Reason.NONFINITE
         masks = Masks(layout, torch.tensor([True, True, False, True]))
         assert carried(sections.values(params, masks, precision), layout).values("x", masks).flat.tolist() == [0, 1, 0, 2]
     assert carried(sections.dense(Params(layout, torch.full((4,), 65519.0)), "fp16"), layout).dense("x").flat[0] == 65504

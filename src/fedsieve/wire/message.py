@@ -22,7 +22,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from fedsieve.params import Layout, Masks, Params
 from fedsieve.wire import sections as codecs
 from fedsieve.wire.bits import Reason, WireError
-from fedsieve.wire.sections import Codec, Section
+from fedsieve.wire.sections import Codec, Halved, Section
 
 __all__ = [
     "Codec",
@@ -135,7 +135,7 @@ def packed_size(message: Message) -> int:
 
 def pack(message: Message) -> bytes:
     """Return the payload: one copy of the sections, and the checksum."""
-    parts, checksum = _parts(message), xxh3_64()
+    parts, checksum = [part.converted() if isinstance(part, Halved) else part for part in _parts(message)], xxh3_64()
     for part in parts:
         checksum.update(part)
     return b"".join([*parts, checksum.intdigest().to_bytes(8, "little")])
@@ -148,18 +148,21 @@ def pack_into(message: Message, target: memoryview) -> int:
     if len(target) < (size := sum(map(len, parts)) + 8):
         raise ValueError(f"the payload has {size} bytes, its place {len(target)}")
     for part in parts:
-        target[end : (end := end + len(part))] = part
+        if isinstance(part, Halved):
+            part.write(target[end : (end := end + len(part))])
+        else:
+            target[end : (end := end + len(part))] = part
     target[end:size] = xxh3_64_intdigest(target[:end]).to_bytes(8, "little")
     return size
 
 
-def _parts(message: Message) -> list[bytes | memoryview]:
+def _parts(message: Message) -> list[bytes | memoryview | Halved]:
     """Return the payload in pieces, without the checksum."""
     table = bytearray(
         _HEADER.pack(MAGIC, VERSION, len(message.kind), len(message.sections), message.round, message.layout.fingerprint)
     )
     table += message.kind.encode()
-    bodies: list[bytes | memoryview] = []
+    bodies: list[bytes | memoryview | Halved] = []
     for name, section in message.sections.items():
         if len(section.body) >= 2**32:
             raise ValueError(f"section {name!r} has {len(section.body)} bytes, at most 2**32 - 1 are possible")

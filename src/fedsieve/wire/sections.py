@@ -83,11 +83,39 @@ _PRECISION: dict[Precision, int] = {"fp32": 0, "fp16": 1, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Halved:
+    """Numbers that become 16 bits each when they are packed, straight into the payload: one pass less over both."""
+
+    flat: Tensor
+    """float32 (n,)"""
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        """Return the number of bytes."""
+        return 2 * self.flat.numel()
+
+    def write(self, target: memoryview | bytearray) -> None:
+        """Convert into `target`. WireError: NONFINITE."""
+        if not len(self):
+            return
+        written = torch.frombuffer(target, dtype=self.dtype).copy_(self.flat)
+        _refuse_nonfinite(written, self.flat)
+        if sys.byteorder != "little":
+            written.view(torch.int16).numpy().byteswap(inplace=True)
+
+    def converted(self) -> bytearray:
+        """Return the bytes. WireError: NONFINITE."""
+        target = bytearray(len(self))
+        self.write(target)
+        return target
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Section:
     """One encoded value."""
 
     codec: Codec
-    body: bytes | memoryview
+    body: bytes | memoryview | Halved
     """may be a view of the tensor that was encoded: leave that alone until the message is packed"""
     offset: int = 0
     """first byte of the body in the payload it came from"""
@@ -95,16 +123,16 @@ class Section:
     @property
     def view(self) -> memoryview:
         """The body as bytes to read from."""
-        return memoryview(self.body)
+        return memoryview(self.body.converted() if isinstance(self.body, Halved) else self.body)
 
 
 def dense(params: Params, precision: Precision = "fp32") -> Section:
     """Write all parameters, the statistics included: 4 bytes each, or 2 rounded to nearest even.
 
-    In fp32 the section is a view of the parameters until it is packed.
+    The section is a view of the parameters until it is packed.
 
     Raises:
-        WireError: NONFINITE, also for a value too large for fp16 (65520 and more) or bf16.
+        WireError: NONFINITE; for fp16 (also of values of 65520 and more) and bf16 when the message is packed.
     """
     codec = Codec(Codec.DENSE_FP32 + _PRECISION[precision])
     return Section(codec, _floats(_vector(params), DENSE[codec]))
@@ -275,9 +303,10 @@ _SCALAR = {Codec.SEED: "<Q", Codec.INTEGER: "<q", Codec.REAL: "<d"}
 
 def read_number(section: Section) -> int | float:
     """Read what `seed` or `number` wrote."""
-    if len(section.body) != 8:
-        raise WireError(Reason.LENGTH, section.offset, f"{len(section.body)} bytes for a number of 8")
-    value: int | float = struct.unpack(_SCALAR[section.codec], section.body)[0]
+    body = section.view
+    if len(body) != 8:
+        raise WireError(Reason.LENGTH, section.offset, f"{len(body)} bytes for a number of 8")
+    value: int | float = struct.unpack(_SCALAR[section.codec], body)[0]
     if not isfinite(value):
         raise WireError(Reason.NONFINITE, section.offset, f"a number is {value}")
     return value
@@ -304,14 +333,20 @@ def _vector(params: Params) -> Tensor:
     return params.flat.detach().to("cpu", torch.float32)
 
 
-def _floats(flat: Tensor, dtype: torch.dtype) -> memoryview:
+def _floats(flat: Tensor, dtype: torch.dtype) -> memoryview | Halved:
     """Return a vector as little-endian bytes, a view of it where no conversion is needed."""
+    if dtype.itemsize == 2:
+        return Halved(flat, dtype)
     raw = flat.contiguous().to(dtype)
-    if not _finite(raw):
-        where = int(raw.isfinite().logical_not().nonzero()[0])
-        raise WireError(Reason.NONFINITE, 0, f"element {where} is {float(flat[where])}, not finite as {dtype}")
-    array = raw.view(torch.int16).numpy() if dtype.itemsize == 2 else raw.numpy()
+    _refuse_nonfinite(raw, flat)
+    array = raw.numpy()
     return (array if sys.byteorder == "little" else array.byteswap()).view(np.uint8).data
+
+
+def _refuse_nonfinite(written: Tensor, flat: Tensor) -> None:
+    if not _finite(written):
+        where = int(written.isfinite().logical_not().nonzero()[0])
+        raise WireError(Reason.NONFINITE, 0, f"element {where} is {float(flat[where])}, not finite as {written.dtype}")
 
 
 def _finite(flat: Tensor) -> bool:
@@ -332,7 +367,7 @@ def _read_floats(section: Section, n: int, dtype: torch.dtype, *, keep: bool = F
     """
     if len(section.body) != n * dtype.itemsize:
         raise WireError(Reason.LENGTH, section.offset, f"{len(section.body)} bytes for {n} numbers of {dtype.itemsize}")
-    raw = np.frombuffer(section.body, dtype={2: "<i2", 4: "<f4", 8: "<f8"}[dtype.itemsize])
+    raw = np.frombuffer(section.view, dtype={2: "<i2", 4: "<f4", 8: "<f8"}[dtype.itemsize])
     if not (raw.flags.writeable and raw.flags.aligned and raw.dtype.isnative):
         raw = raw.astype(raw.dtype.newbyteorder("="))
     flat = torch.from_numpy(raw).view(dtype)
