@@ -80,6 +80,24 @@ def test_the_maps_of_winograd_by_hand(taps):
     torch.testing.assert_close(y, torch.full((1, 1, 13 - taps, 13 - taps), float(taps * taps)))
 
 
+def test_evaluation_keeps_nothing_for_a_backward_pass(monkeypatch):
+    from fedsieve.local import winograd
+
+    kept, forward = [], winograd.Winograd.forward
+
+    def watched(ctx, *args):
+        y = forward(ctx, *args)
+        kept.append(len(ctx.points))
+        return y
+
+    monkeypatch.setattr(winograd.Winograd, "forward", staticmethod(watched))
+    x, weight = normal(2, 4, 8, 8), normal(4, 4, 3, 3).requires_grad_()
+    convolve(x, weight, None, 1)
+    with torch.no_grad():
+        convolve(x, weight, None, 1)
+    assert kept == [1, 0]
+
+
 def test_gradients_of_the_gradients_are_refused_clearly():
     x = normal(1, 2, 6, 6).requires_grad_()
     (gradient,) = torch.autograd.grad(convolve(x, normal(2, 2, 3, 3), None, 1).square().sum(), x, create_graph=True)

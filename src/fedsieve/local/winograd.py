@@ -260,4 +260,6 @@ def _rows(images: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """Convolve (N, C, H, W) with (K, C, r, r), r = 3 or 5, step 1: shape (N, K, H', W') with channels-last strides, float32."""
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # or the points would be kept for a backward pass that cannot come
     return Winograd.apply(x, weight, bias, padding)  # type: ignore[no-any-return, no-untyped-call]
