@@ -27,6 +27,8 @@ CountOrZero = Annotated[int, Field(ge=0)]
 """a whole number of 0 or more"""
 Share = Annotated[float, Field(ge=0, lt=1)]
 """a share in [0, 1)"""
+Threshold = Annotated[float, Field(ge=0, le=1)]
+"""a share in [0, 1]"""
 Density = Annotated[float, Field(gt=0, le=1)]
 """kept over maskable, in (0, 1]"""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -189,6 +191,11 @@ class Local:
     """arithmetic of forward and backward; bf16 is faster where the processor has it, and changes results"""
     convolution: Literal["fast", "library"] = "fast"
     """on a CPU: the fastest of three algorithms, or PyTorch's own; rounding differs by about 1e-5 of the largest value"""
+    sparse_conv: Threshold = 0.3
+    """largest density at which a masked convolution is computed over its kept weights only, in [0, 1] (0: never; on a CPU, in
+    fp32); rounding differs by about 1e-5 of the largest value"""
+    sparse_linear: Threshold = 0.3
+    """the same for a masked linear layer; `fedsieve bench kernels` prints where each pays on a machine"""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     """cpu, or cuda (cuda:0, ...): sequential only"""
 

@@ -126,8 +126,9 @@ def evaluation(params: Params, masks: Masks, round: int) -> Message:
 
 def evaluate(request: Message, client: Client) -> Message:
     """Answer an evaluation request with the client's counts."""
-    params = request.values("weights", request.mask("mask")) if "mask" in request.sections else request.dense("weights")
-    found = client.evaluate(params)
+    masks = request.mask("mask") if "mask" in request.sections else None
+    params = request.dense("weights") if masks is None else request.values("weights", masks)
+    found = client.evaluate(params, masks)
     return request.reply(counts=vector([found.correct, found.loss, found.predictions]))
 
 

@@ -41,7 +41,7 @@ def play(
     row |= {"clients": len(cohort), "examples": exchange.examples, "flops": transport.flops - spent}
     row |= {"density": masks.density, "densities": masks.densities() if masks.density < 1 else None}
     if round % engine.eval_every == 0 or round == engine.rounds:
-        found = transport.evaluate(params)
+        found = transport.evaluate(params, masks)
         row |= {"accuracy": found.accuracy, "loss": found.mean_loss}
         row["client_accuracy"] = _percentiles(exchange.evaluate(params, masks, round))
     row |= {"lost": {str(client): reason for client, reason in sorted(exchange.lost.items())}}

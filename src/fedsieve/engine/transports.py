@@ -30,7 +30,7 @@ from fedsieve.engine.arena import Arena, SharedTensor
 from fedsieve.engine.handle import Device, Plan, handle
 from fedsieve.errors import Diverged, FedsieveError
 from fedsieve.local.executor import EVALUATION_BATCH, Metrics
-from fedsieve.params import Layout, Params
+from fedsieve.params import Layout, Masks, Params
 from fedsieve.wire.message import WireError, pack_into, packed_size
 
 SHARD = 8 * EVALUATION_BATCH
@@ -61,7 +61,7 @@ class Transport(Protocol):
     def exchange(self, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes | bytearray | Lost]]:
         """Carry each client's request to it; yield the replies in ascending client id."""
 
-    def evaluate(self, params: Params) -> Metrics:
+    def evaluate(self, params: Params, masks: Masks) -> Metrics:
         """Evaluate the server's model on the server's test examples. Carries nothing and counts nothing."""
 
     def peak_memory(self) -> int:
@@ -98,9 +98,9 @@ class Sequential:
                 self.states[client] = mine
             yield client, reply
 
-    def evaluate(self, params: Params) -> Metrics:
+    def evaluate(self, params: Params, masks: Masks) -> Metrics:
         """Evaluate on the server's test examples."""
-        pieces = [_evaluate(self._device, self._plan, params, shard) for shard in range(_shards(self._plan))]
+        pieces = [_evaluate(self._device, self._plan, params, masks, shard) for shard in range(_shards(self._plan))]
         return sum(pieces, Metrics(0, 0.0, 0))
 
     def peak_memory(self) -> int:
@@ -174,9 +174,11 @@ class Workers:
                         self.states[answered] = mine
             yield client, ready.pop(client)
 
-    def evaluate(self, params: Params) -> Metrics:
+    def evaluate(self, params: Params, masks: Masks) -> Metrics:
         """Evaluate on the server's test examples, in pieces spread over the workers."""
-        np.frombuffer(self._sent.view, dtype=np.float32, count=self._layout.size)[:] = params.flat.numpy()
+        model, support = _model_in(self._sent, self._layout)
+        model.flat.copy_(params.flat)
+        support.kept.copy_(masks.kept)
         for worker in range(len(self._pipes)):
             self._send(worker, ("evaluate", list(range(worker, _shards(self._plan), len(self._pipes)))))
         pieces: dict[int, Metrics] = {}
@@ -282,9 +284,18 @@ def _shards(plan: Plan) -> int:
     return -(-len(plan.federation.test) // SHARD)
 
 
-def _evaluate(device: Device, plan: Plan, params: Params, shard: int) -> Metrics:
+def _model_in(block: Arena, layout: Layout) -> tuple[Params, Masks]:
+    """Return the model that stands at the beginning of a shared block, for an evaluation."""
+    flat, kept = (
+        torch.from_numpy(np.frombuffer(block.view, dtype, count, begin))
+        for dtype, count, begin in ((np.float32, layout.size, 0), (np.bool_, layout.maskable, 4 * layout.size))
+    )
+    return Params(layout, flat), Masks(layout, kept)
+
+
+def _evaluate(device: Device, plan: Plan, params: Params, masks: Masks, shard: int) -> Metrics:
     test = plan.federation.test
-    return device.executor.evaluate(params, test, np.arange(shard * SHARD, min(len(test), (shard + 1) * SHARD)))
+    return device.executor.evaluate(params, test, np.arange(shard * SHARD, min(len(test), (shard + 1) * SHARD)), masks)
 
 
 class _OneThreadEach:
@@ -343,8 +354,7 @@ def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots:
             if task[0] == "exchange":
                 views = {}
             elif task[0] == "evaluate":
-                params = Params(plan.spec.layout, torch.from_numpy(np.frombuffer(sent.view, np.float32, plan.spec.layout.size)))
-                _send(pipe, {shard: _evaluate(device, plan, params, shard) for shard in task[1]})
+                _send(pipe, {shard: _evaluate(device, plan, *_model_in(sent, plan.spec.layout), shard) for shard in task[1]})
             elif task[0] == "memory":
                 _send(pipe, peak_memory())
             else:

@@ -1,15 +1,14 @@
 """The client's executor: one module bound to flat buffers, used for one client after another.
 
 The module's parameters are views of one flat vector, gradients of another, so an optimiser step is a few vector operations
-however many tensors the model has. Inside the executor convolution weights are stored with the channels last, which is what CPU
-kernels are fastest on; everything that goes in and out is in the order of the layout.
+however many tensors the model has. What the vectors hold and in which order depends on the masks, see `fedsieve.local.forms`;
+everything that goes in and out is in the order of the layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from math import isfinite
 
@@ -20,13 +19,15 @@ from torch import Tensor, nn
 
 from fedsieve.data.batches import Examples
 from fedsieve.errors import Diverged
-from fedsieve.local.convolution import accelerate
+from fedsieve.local.forms import Form, Kept, Whole, sparse_layers
 from fedsieve.local.optim import Sgd, rate
 from fedsieve.models.spec import ModelSpec
-from fedsieve.params import Kind, Layout, Masks, Params, Slot, finite
+from fedsieve.params import Layout, Masks, Params, finite
 from fedsieve.settings import Local
 from fedsieve.streams import Stream, Streams
 
+FORMS = 2
+"""masks whose forms are kept: those of the round's training, and of an evaluation"""
 EVALUATION_BATCH = 128
 """examples per forward pass of an evaluation; shards of an evaluation start at multiples of it"""
 
@@ -81,19 +82,8 @@ class Executor:
         self.device = torch.device(local.device)
         self.flops = 0
         """floating-point operations spent in training since the last reset, masks respected, backward as twice forward"""
-        layout = spec.layout
-        self._module = deepcopy(spec.module).to(self.device)
-        if local.convolution == "fast" and self.device.type == "cpu":
-            accelerate(self._module)
-        self._module.train()
-        self._weights = torch.zeros(layout.size, device=self.device)
-        self._gradient = torch.zeros(layout.trainable, device=self.device)
-        trained = [slot for slot in layout.slots if slot.kind is not Kind.BUFFER]
-        self._images = [(slice(*layout.spans[slot.name]), slot.shape) for slot in trained if len(slot.shape) == 4]
-        self._parameters = _bind(self._module, layout, self._weights)
-        self._weight_views = [parameter.data for parameter in self._parameters]
-        self._gradient_views = _views(layout, self._gradient, trained)
-        self._counters = [b for b in self._module.buffers() if not b.is_floating_point() and b.dim() == 0]
+        self._whole: Form | None = None
+        self._kept: list[tuple[Tensor, Form]] = []
 
     def train(
         self,
@@ -111,19 +101,22 @@ class Executor:
         """Train from `params` on the examples `order` names. See `Client.train`."""
         local, layout = self.local, self.spec.layout
         epochs = local.epochs if epochs is None else epochs
-        support = None
-        self._load(params)
-        if masks is not None:
-            support = self._inward(masks.kept.float())
-            self._weights[: layout.maskable].mul_(support)
-        velocity = self._velocity(momentum, support)
-        weights = (self._weights[: layout.trainable], self._weight_views)
-        gradient = (self._gradient, self._gradient_views)
-        mask = None if support is None else (support, _views(layout, support, layout.masked_slots))
-        optim = Sgd(local, rate(local, streams.round, self.rounds), weights, gradient, velocity, mask, proximal)
+        form = self._form(masks)
+        bound = form.bound
+        support = form.support(masks) if masks is not None else None
+        velocity = None
+        if local.momentum:
+            velocity = torch.zeros_like(bound.gradient) if momentum is None else form.inward(momentum).clone()
+        bound.weights.copy_(form.inward(params.flat))
+        for vector in (bound.weights, velocity):
+            if support is not None and vector is not None:
+                vector[: len(support[0])].mul_(support[0])
+        weights = (bound.weights[: bound.trainable], bound.weight_views)
+        gradient = (bound.gradient, bound.gradient_views)
+        optim = Sgd(local, rate(local, streams.round, self.rounds), weights, gradient, velocity, support, proximal)
         total, predictions = torch.zeros((), device=self.device), 0
-        self._mode(training=True)
-        for counter in self._counters:
+        _mode(form.module, training=True)
+        for counter in bound.counters:
             counter.zero_()
         with _torch_stream(streams(f"{purpose}/torch"), self.device):
             for epoch in range(epochs):
@@ -131,26 +124,27 @@ class Executor:
                 augment = streams(f"{purpose}/augment/{epoch}") if examples.augment else None
                 for x, y in examples.epoch(shuffled, local.batch, augment):
                     with self._arithmetic():
-                        loss = self.spec.loss(self._module(x), y)
-                    optim.step(torch.autograd.grad(loss, self._parameters, materialize_grads=True))
+                        loss = self.spec.loss(form.module(x), y)
+                    optim.step(torch.autograd.grad(loss, bound.parameters, materialize_grads=True))
                     total.add_(loss.detach(), alpha=y.numel())
                     predictions += y.numel()
         self.flops += 3 * epochs * len(order) * self._forward_flops(masks)
         mean_loss = float(total) / max(1, predictions)
-        if not isfinite(mean_loss) or not finite(self._weights):
+        if not isfinite(mean_loss) or not finite(bound.weights):
             raise Diverged(f"client {streams.client}, round {streams.round}: the training loss is {mean_loss}")
-        kept = None if velocity is None else self._outward(velocity)
-        return Trained(Params(layout, self._outward(self._weights)), len(order), mean_loss, kept)
+        kept = None if velocity is None else form.outward(velocity)
+        return Trained(Params(layout, form.outward(bound.weights)), len(order), mean_loss, kept)
 
     @torch.no_grad()
-    def evaluate(self, params: Params, examples: Examples, order: NDArray[np.int64]) -> Metrics:
-        """Evaluate `params` on the examples `order` names, in evaluation mode."""
-        self._load(params)
-        self._mode(training=False)
+    def evaluate(self, params: Params, examples: Examples, order: NDArray[np.int64], masks: Masks | None = None) -> Metrics:
+        """Evaluate `params`, zero where the masks are, on the examples `order` names, in evaluation mode."""
+        form = self._form(masks)
+        form.bound.weights.copy_(form.inward(params.flat))
+        _mode(form.module, training=False)
         correct, losses = [], []
         for x, y in examples.epoch(order, EVALUATION_BATCH):
             with self._arithmetic():
-                outputs = self._module(x)
+                outputs = form.module(x)
                 losses.append(self.spec.loss(outputs, y) * y.numel())
             correct.append((outputs.argmax(-1) == y).sum())
         if not losses:
@@ -158,40 +152,18 @@ class Executor:
         predictions = len(order) * examples.y[0].numel()
         return Metrics(int(torch.stack(correct).sum()), float(torch.stack(losses).double().sum()), predictions)
 
-    def _mode(self, *, training: bool) -> None:
-        """Set training or evaluation mode, if it is the other: visiting all layers takes as long as part of a small step."""
-        if self._module.training is not training:
-            self._module.train(training)
-
-    def _load(self, params: Params) -> None:
-        self._weights.copy_(self._inward(params.flat))
-
-    def _inward(self, flat: Tensor) -> Tensor:
-        """From the order of the layout to that of the executor, on its device; all of the vector or its first parts."""
-        flat = flat.to(self.device)
-        moved = flat.clone() if self._images else flat
-        for span, shape in self._images:
-            if span.stop <= len(flat):
-                _view(moved[span], shape).copy_(flat[span].view(shape))
-        return moved
-
-    def _outward(self, flat: Tensor) -> Tensor:
-        """Back, as a new tensor in main memory."""
-        moved = flat.clone()
-        for span, shape in self._images:
-            if span.stop <= len(flat):
-                moved[span].view(shape).copy_(_view(flat[span], shape))
-        return moved.cpu()
-
-    def _velocity(self, momentum: Tensor | None, support: Tensor | None) -> Tensor | None:
-        if not self.local.momentum:
-            return None
-        velocity = torch.zeros_like(self._gradient)
-        if momentum is not None:
-            velocity.copy_(self._inward(momentum))
-            if support is not None:
-                velocity[: len(support)].mul_(support)
-        return velocity
+    def _form(self, masks: Masks | None) -> Form:
+        """Return the form to work on under masks; that of the last masks is kept, since the clients of a round share them."""
+        if masks is not None and self.device.type == "cpu" and self.local.precision == "fp32":
+            for kept, form in self._kept:
+                if torch.equal(kept, masks.kept):
+                    return form
+            if names := sparse_layers(self.spec.module, masks, self.local):
+                self._kept = [(masks.kept.clone(), Kept(self.spec, masks, names)), *self._kept[: FORMS - 1]]
+                return self._kept[0][1]
+        if self._whole is None:
+            self._whole = Whole(self.spec, self.local)
+        return self._whole
 
     def _forward_flops(self, masks: Masks | None) -> int:
         return self.spec.density_flops(masks) if masks is not None else sum(self.spec.flops.values())
@@ -263,37 +235,15 @@ class Client:
             purpose=purpose,
         )
 
-    def evaluate(self, params: Params) -> Metrics:
-        """Evaluate on the client's own test examples."""
-        return self._executor.evaluate(params, self._test, self._share)
+    def evaluate(self, params: Params, masks: Masks | None = None) -> Metrics:
+        """Evaluate on the client's own test examples, `params` being zero where the masks are."""
+        return self._executor.evaluate(params, self._test, self._share, masks)
 
 
-def _bind(module: nn.Module, layout: Layout, weights: Tensor) -> list[nn.Parameter]:
-    """Make the module's tensors views of the flat vector; return those that are trained, in order."""
-    parameters = []
-    for slot in layout.slots:
-        begin, end = layout.spans[slot.name]
-        path, _, leaf = slot.name.rpartition(".")
-        owner = module.get_submodule(path)
-        if slot.kind is Kind.BUFFER:
-            owner._buffers[leaf] = weights[begin:end].view(slot.shape)
-            continue
-        parameter: nn.Parameter = getattr(owner, leaf)
-        parameter.data = _view(weights[begin:end], slot.shape)
-        parameters.append(parameter)
-    return parameters
-
-
-def _views(layout: Layout, flat: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
-    """Views of a flat vector, one a slot."""
-    return [_view(flat[slice(*layout.spans[slot.name])], slot.shape) for slot in slots]
-
-
-def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if len(shape) != 4:
-        return flat.view(shape)
-    outputs, inputs, height, width = shape
-    return flat.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+def _mode(module: nn.Module, *, training: bool) -> None:
+    """Set training or evaluation mode, if it is the other: visiting all layers takes as long as part of a small step."""
+    if module.training is not training:
+        module.train(training)
 
 
 @contextmanager

@@ -14,15 +14,15 @@ Sources: Winograd 1980, "Arithmetic complexity of computations"; Lavin and Gray 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fedsieve.local.lines import Floats, compiled
 
 SIDE = 6
 """of the tiles of inputs, and number of points in a row"""
@@ -30,9 +30,6 @@ POINTS = (0.0, 1.0, -1.0, 2.0, -2.0)
 """all but infinity"""
 BLOCK = 2**19
 """elements at the 36 points that are worked on at a time, so that they stay in the processor's cache"""
-
-Floats = NDArray[np.float32]
-_Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def _vandermonde(columns: int) -> NDArray[np.float64]:
@@ -56,15 +53,7 @@ def _matrices(taps: int) -> tuple[Floats, Floats, NDArray[np.float64]]:
     return inputs.astype(np.float32), _vandermonde(SIDE + 1 - taps).T.astype(np.float32), weights
 
 
-def _compiled(function: _Function) -> _Function:
-    """Compile once for all processes; where no folder can be written, once for each."""
-    try:
-        return numba.njit(function, cache=True, error_model="numpy", fastmath={"contract"})  # type: ignore[no-any-return]
-    except RuntimeError:
-        return numba.njit(function, error_model="numpy", fastmath={"contract"})  # type: ignore[no-any-return]
-
-
-@_compiled
+@compiled
 def _combine(
     out: Floats, begin: int, n: int, add: bool, weights: Floats, source: Floats, base: int, at: NDArray[np.int64]
 ) -> None:
@@ -81,7 +70,7 @@ def _combine(
             y[c] = w0 * a0[c] + w1 * a1[c] + w2 * a2[c] + w3 * a3[c] + w4 * a4[c] + w5 * a5[c]
 
 
-@_compiled
+@compiled
 def _gather(images: Floats, matrix: Floats, side: int, step: int, padding: int, points: Floats) -> None:
     """Map tiles to points: points = matrix tile matrix^T.
 
@@ -120,7 +109,7 @@ def _gather(images: Floats, matrix: Floats, side: int, step: int, padding: int, 
                     _combine(flat, begin, n, False, matrix[q], half, k * line, columns)
 
 
-@_compiled
+@compiled
 def _spread(points: Floats, matrix: Floats, side: int, step: int, padding: int, images: Floats) -> None:
     """Map points to tiles, matrix point matrix^T, and add these up where they overlap: the transpose of `_gather`.
 

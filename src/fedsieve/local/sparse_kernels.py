@@ -1,0 +1,543 @@
+"""Convolutions and linear layers over their kept weights only: forward, input gradient and weight gradient, on one CPU thread.
+
+Images are held with examples last in memory, so that what one weight is applied to is a line of neighbouring numbers, a row of
+outputs of several examples at once, and the work falls with the number of kept weights:
+
+    y[o, r] = bias[o] + sum over kept (o, i, u, v) of w * x[i, r * stride + u, v:]      lines of columns x examples
+
+The input gradient is the same sum over the same weights sorted by input; the weight gradient one product of two lines a weight
+and row. A linear layer is a convolution of images of one pixel. Max pooling and ReLU that follow are applied to each row of
+outputs while it is in the cache, and what comes out is written where the next layer reads it, zeros around it included: layers
+one behind the other are one `Chain`, in which nothing is converted.
+
+Inside a chain, images stand in blocks of eight examples, (blocks, C, H, W, 8), and what a linear layer reads is (features, B).
+Outside they are (C, H, W, B): to PyTorch tensors (B, C, H, W) whose strides say where the elements are, so its element-wise
+functions keep that order between chains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fedsieve.local.lines import LANES, PIECE, Floats, Indices, compiled, dots, gather, largest, pieces, routed
+from fedsieve.local.patterns import Geometry, Pattern
+
+Bytes = NDArray[np.uint8]
+_Lists = tuple[Indices, Indices, NDArray[np.int64], int]
+_Ones = tuple[Floats, Indices, Indices]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """A layer, and the max pooling and ReLU that follow it."""
+
+    pattern: Pattern
+    window: tuple[int, int] = (1, 1)
+    """of the pooling; windows stand side by side"""
+    relu: bool = False
+
+
+class _Sizes(NamedTuple):
+    """Numbers of a stage on images of one size; lengths and distances count elements of flat arrays."""
+
+    blocks: int
+    examples: int
+    """of a block"""
+    last: int
+    """examples of the last block"""
+    outputs: int
+    block: int
+    """from block to block of inputs"""
+    step: int
+    """from row to row of outputs, in the inputs"""
+    length: int
+    """of a row of outputs"""
+    window: tuple[int, int]
+    rows: int
+    """of windows"""
+    columns: int
+    left_rows: int
+    """rows of outputs that no window covers"""
+    left: int
+    """elements of a row of outputs that no window covers"""
+
+
+class _Place(NamedTuple):
+    """Where images stand: distances in a flat array, in which column c is at phase c % phases, place c // phases."""
+
+    block: int
+    plane: int
+    row: int
+    pixel: int
+    phases: int
+    width: int
+    """places of a phase"""
+    top: int
+    """rows of zeros before the images"""
+    before: int
+    """columns of zeros before the images"""
+
+
+def _outside(height: int, width: int, examples: int) -> _Place:
+    """Images as (C, H, W, B)."""
+    return _Place(LANES, height * width * examples, width * examples, examples, 1, width, 0, 0)
+
+
+def _inside(channels: int, height: int, width: int, phases: int = 1, top: int = 0, before: int = 0) -> _Place:
+    """Images in blocks within zeros: (blocks, C, height, phases, width, 8)."""
+    row = phases * width * LANES
+    return _Place(channels * height * row, height * row, row, LANES, phases, width, top, before)
+
+
+@compiled
+def _at(place: _Place, block: int, channel: int, row: int) -> int:
+    """Where a row of images begins."""
+    return block * place.block + channel * place.plane + (row + place.top) * place.row
+
+
+@compiled
+def _pixel(place: _Place, column: int) -> int:
+    """Where a pixel stands in its row."""
+    c = column + place.before
+    if place.phases == 1:  # divisions take long
+        return c * place.pixel
+    return (c % place.phases * place.width + c // place.phases) * place.pixel
+
+
+@compiled
+def _sums(
+    y: Floats,
+    to: int,
+    plane: int,
+    row: int,
+    x: Floats,
+    base: int,
+    step: int,
+    lists: _Lists,
+    values: Floats,
+    scale: int,
+    start: Floats,
+    rows: int,
+    cut: NDArray[np.int64],
+) -> None:
+    """Sum lines of x into each row of each output: outputs are `plane` apart in y, rows `row` apart, and `step` in x."""
+    at, which, begin, blocks = lists
+    outputs = len(start)
+    for r in range(rows):
+        for c in range(len(cut)):
+            offset, vectors, tail = cut[c, 0], cut[c, 1], cut[c, 2]
+            source = base + r * step
+            for g in range(blocks):
+                for o in range(outputs):
+                    first, last = begin[g * outputs + o], begin[g * outputs + o + 1]
+                    if g == 0 or first < last:
+                        out = to + o * plane + r * row
+                        gather(
+                            offset, vectors, tail, y, out, x, source, at, which, values, first, last, scale, start[o], g == 0
+                        )
+
+
+@compiled
+def _products(
+    y: Floats,
+    begin_: int,
+    plane: int,
+    row: int,
+    x: Floats,
+    base: int,
+    step: int,
+    lists: _Lists,
+    grad: Floats,
+    bias: Floats,
+    ones: _Ones,
+    scale: int,
+    rows: int,
+    cut: NDArray[np.int64],
+) -> None:
+    """Add the product of each row of each output with the line of x that each of its weights is applied to.
+
+    The bias is a weight that is applied to a line of ones.
+    """
+    at, which, begin, blocks = lists
+    line, nowhere, self_ = ones
+    outputs = len(bias)
+    for r in range(rows):
+        for c in range(len(cut)):
+            offset, vectors, tail = cut[c, 0], cut[c, 1], cut[c, 2]
+            for g in range(blocks):
+                for o in range(outputs):
+                    first, last, out = begin[g * outputs + o], begin[g * outputs + o + 1], begin_ + o * plane + r * row
+                    if first < last:
+                        dots(offset, vectors, tail, y, out, x, base + r * step, at, which, grad, first, last, scale)
+                    if g == 0:
+                        dots(0, vectors, tail, y, out + offset, line, 0, nowhere, self_, bias, o, o + 1, scale)
+
+
+@compiled
+def _forward(
+    x: Floats,
+    lists: _Lists,
+    values: Floats,
+    start: Floats,
+    sizes: _Sizes,
+    rows: Floats,
+    window: NDArray[np.int64],
+    relu: bool,
+    y: Floats,
+    place: _Place,
+    taps: Bytes,
+) -> None:
+    """Compute the outputs of a stage row by row of windows, and write what is left of each where the next stage reads it."""
+    high, wide = sizes.window
+    examples, cut, length = sizes.examples, pieces(sizes.length), sizes.length
+    for b in range(sizes.blocks):
+        # Blank examples are written too, unless another block's stand in their place.
+        count = sizes.last if b == sizes.blocks - 1 and place.pixel != examples else examples
+        for h in range(sizes.rows):
+            base = b * sizes.block + h * high * sizes.step
+            _sums(rows, 0, high * length, length, x, base, sizes.step, lists, values, examples, start, high, cut)
+            for o in range(sizes.outputs):
+                to, tap = _at(place, b, o, h), ((b * sizes.outputs + o) * sizes.rows + h) * sizes.columns * examples
+                for w in range(sizes.columns):
+                    source = o * high * length + w * wide * examples
+                    largest(y, to + _pixel(place, w), taps, tap + w * examples, rows, source, window, count, relu)
+
+
+@compiled
+def _backward(
+    y: Floats,
+    place: _Place,
+    taps: Bytes,
+    sizes: _Sizes,
+    window: NDArray[np.int64],
+    whole: bool,
+    out: Floats,
+    frame: _Place,
+    x: Floats,
+    lists: _Lists,
+    grad: Floats,
+    bias: Floats,
+    ones: _Ones,
+) -> None:
+    """Hand the gradient of each window to the output that it came from, and add up the gradients of weights and bias.
+
+    With `whole`, the gradient of all outputs is written within zeros, for the input gradient; else `out` holds a row of windows
+    at a time.
+    """
+    high, wide = sizes.window
+    examples, cut, length = sizes.examples, pieces(sizes.length), sizes.length
+    for b in range(sizes.blocks):
+        count = sizes.last if b == sizes.blocks - 1 and place.pixel != examples else examples
+        for h in range(sizes.rows):
+            begin = b * frame.block + (frame.top + h * high) * frame.row + frame.before * examples if whole else 0
+            for o in range(sizes.outputs):
+                source, tap = _at(place, b, o, h), ((b * sizes.outputs + o) * sizes.rows + h) * sizes.columns * examples
+                to = begin + o * frame.plane
+                for w in range(sizes.columns):
+                    routed(y, source + _pixel(place, w), taps, tap + w * examples, out, to + w * wide * examples, window, count)
+                if sizes.left:
+                    for r in range(high):
+                        out[to + r * frame.row + length - sizes.left : to + r * frame.row + length] = 0
+            base = b * sizes.block + h * high * sizes.step
+            _products(out, begin, frame.plane, frame.row, x, base, sizes.step, lists, grad, bias, ones, examples, high, cut)
+        if whole and sizes.left_rows:
+            for o in range(sizes.outputs):
+                for h in range(sizes.rows * high, sizes.rows * high + sizes.left_rows):
+                    to = _at(frame, b, o, h) + frame.before * examples
+                    out[to : to + length] = 0
+
+
+@compiled
+def _back(
+    x: Floats,
+    height: int,
+    width: int,
+    y: Floats,
+    frame: _Place,
+    lists: _Lists,
+    values: Floats,
+    padding: tuple[int, int],
+    sizes: _Sizes,
+    nothing: Floats,
+) -> None:
+    """Sum lines of the gradient of the outputs into that of the inputs, (blocks, C, H, W, examples), rows one apart."""
+    length, channels = width * sizes.examples, len(nothing)
+    plane, cut = height * length, pieces(length)
+    inside = padding[0] * frame.row + padding[1] * sizes.examples
+    for b in range(sizes.blocks):
+        base = b * frame.block + inside
+        to = b * channels * plane
+        _sums(x, to, plane, length, y, base, frame.row, lists, values, sizes.examples, nothing, height, cut)
+
+
+@compiled
+def _strided_back(
+    x: Floats,
+    height: int,
+    width: int,
+    y: Floats,
+    frame: _Place,
+    lists: _Lists,
+    values: Floats,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    sizes: _Sizes,
+    channels: int,
+) -> None:
+    """Sum lines of the outputs' gradient into that of the inputs, (blocks, C, H, W, examples), where outputs are apart."""
+    at, which, begin, _ = lists
+    (down, across), examples = stride, sizes.examples
+    line = np.empty(-(-width // across) * examples, np.float32)
+    for b in range(sizes.blocks):
+        for h in range(height):
+            for phase in range(across):
+                column = (phase - padding[1]) % across
+                count = (width - column + across - 1) // across
+                if count <= 0:
+                    continue
+                cut = pieces(count * examples)
+                base = b * frame.block + (h + padding[0]) // down * frame.row + (column + padding[1]) // across * examples
+                for i in range(channels):
+                    j = ((h + padding[0]) % down * across + phase) * channels + i
+                    first, last = begin[j], begin[j + 1]
+                    for c in range(len(cut)):
+                        offset, vectors, tail = cut[c, 0], cut[c, 1], cut[c, 2]
+                        gather(offset, vectors, tail, line, 0, y, base, at, which, values, first, last, examples, 0.0, True)
+                    to = ((b * channels + i) * height + h) * width + column
+                    for w in range(count):
+                        pixel = (to + w * across) * examples
+                        x[pixel : pixel + examples] = line[w * examples : (w + 1) * examples]
+
+
+@compiled
+def _blocked(x: Floats, y: Floats, place: _Place) -> None:
+    """Copy images (C, H, W, B) into blocks, and zeros for the examples that the last block lacks."""
+    channels, height, width, examples = x.shape
+    for b in range((examples + LANES - 1) // LANES):
+        count = min(LANES, examples - b * LANES)
+        for i in range(channels):
+            for h in range(height):
+                to = _at(place, b, i, h)
+                for w in range(width):
+                    pixel = to + _pixel(place, w)
+                    for k in range(count):
+                        y[pixel + k] = x[i, h, w, b * LANES + k]
+                    for k in range(count, LANES):
+                        y[pixel + k] = 0
+
+
+@compiled
+def _unblocked(x: Floats, y: Floats) -> None:
+    """Copy images out of blocks, (blocks, C, H, W, 8), into (C, H, W, B)."""
+    channels, height, width, examples = y.shape
+    for i in range(channels):
+        for h in range(height):
+            for w in range(width):
+                for b in range(len(x)):
+                    for k in range(min(LANES, examples - b * LANES)):
+                        y[i, h, w, b * LANES + k] = x[b, i, h, w, k]
+
+
+@compiled
+def _clear(y: Floats, images: int, rows: int, place: _Place, height: int, width: int) -> None:
+    """Write the zeros around images: `images` of them, of so many rows with the zeros."""
+    for image in range(images):
+        for r in range(rows):
+            to = image * place.plane + r * place.row
+            if not place.top <= r < place.top + height or place.phases > 1:
+                y[to : to + place.row] = 0
+            else:
+                y[to : to + place.before * LANES] = 0
+                y[to + (place.before + width) * LANES : to + place.row] = 0
+
+
+def examples_last(images: Tensor) -> Tensor:
+    """Return (B, C, H, W) as contiguous (C, H, W, B): the same memory, if it has that order already."""
+    return images.detach().permute(1, 2, 3, 0).contiguous()
+
+
+class _Step:
+    """A stage on given images, and what it keeps of its forward pass for the backward one."""
+
+    def __init__(self, stage: Stage, size: tuple[int, int], examples: int, values: Tensor, bias: Tensor | None) -> None:
+        self.stage, self.pattern, self.values, self.biased = stage, stage.pattern, values.detach().numpy(), bias is not None
+        self.start = np.zeros(self.pattern.outputs, np.float32) if bias is None else bias.detach().numpy()
+        self.to: Geometry = self.pattern.at(*size)
+        self.examples, block = examples, examples if self.pattern.linear else LANES
+        (height, width), (high, wide), blocks = self.to.out, stage.window, -(-examples // block)
+        rows, columns = height // high, width // wide
+        x_row = self.pattern.stride[1] * self.to.plane[1] * block
+        self.sizes = _Sizes(
+            blocks,
+            block,
+            examples - (blocks - 1) * block,
+            self.pattern.outputs,
+            block=self.pattern.inputs * self.to.plane[0] * x_row,
+            step=self.pattern.stride[0] * x_row,
+            length=width * block,
+            window=stage.window,
+            rows=rows,
+            columns=columns,
+            left_rows=height - rows * high,
+            left=(width - columns * wide) * block,
+        )
+
+    def room(self) -> tuple[Floats, _Place]:
+        """Return memory for images that this stage reads, and where they stand in it; the zeros around them are written."""
+        pattern, (height, width), (rows, columns) = self.pattern, self.to.size, self.to.plane
+        if pattern.linear:
+            return _memory(pattern.inputs * self.examples), _outside(height, width, self.examples)
+        place = _inside(pattern.inputs, rows, columns, pattern.stride[1], *pattern.padding)
+        x = _memory(self.sizes.blocks * place.block)
+        _clear(x, self.sizes.blocks * pattern.inputs, rows, place, height, width)
+        return x, place
+
+    def forward(self, x: Floats, y: Floats, place: _Place) -> None:
+        """Compute the outputs and write them to their place in y."""
+        sizes = self.sizes
+        outputs = sizes.blocks * sizes.outputs * sizes.rows * sizes.columns * sizes.examples
+        self.x, self.taps = x, np.empty(outputs, np.uint8)
+        rows, weights = _memory(sizes.outputs * sizes.window[0] * sizes.length), (self.values, self.start)
+        window = _window(sizes.window, sizes.length, sizes.examples)
+        _forward(x, self.to.forward.arrays, *weights, sizes, rows, window, self.stage.relu, y, place, self.taps)
+
+    def backward(self, y: Floats, place: _Place, to_x: bool) -> tuple[Floats, Floats, Floats]:
+        """Return the gradients of inputs (blocks without zeros around; empty if not wanted), values and bias."""
+        sizes, to, pattern = self.sizes, self.to, self.pattern
+        frame = _Place(0, sizes.window[0] * sizes.length, sizes.length, sizes.examples, 1, 0, 0, 0)
+        if to_x:
+            rows, columns = to.plane_back
+            row = columns * sizes.examples
+            frame = _Place(pattern.outputs * rows * row, rows * row, row, sizes.examples, 1, columns, *to.margin)
+        images = sizes.outputs * (sizes.blocks if to_x else 1)
+        out = _memory(images * frame.plane)
+        if sizes.last < sizes.examples:
+            out[:] = 0
+        elif to_x and to.plane_back != to.out:
+            _clear(out, images, to.plane_back[0], frame, *to.out)
+        grad, bias, window = (
+            np.zeros_like(self.values),
+            np.zeros_like(self.start),
+            _window(sizes.window, frame.row, sizes.examples),
+        )
+        sums = (grad, bias, _ones(sizes.outputs))
+        _backward(y, place, self.taps, sizes, window, to_x, out, frame, self.x, to.forward.arrays, *sums)
+        return self._input_gradient(out, frame) if to_x else _memory(0), grad, bias
+
+    def _input_gradient(self, y: Floats, frame: _Place) -> Floats:
+        pattern, sizes = self.pattern, self.sizes
+        x = _memory(sizes.blocks * pattern.inputs * self.to.size[0] * self.to.size[1] * sizes.examples)
+        lines = (x, *self.to.size, y, frame, self.to.backward.arrays, self.values)
+        if pattern.stride == (1, 1):
+            _back(*lines, pattern.padding, sizes, np.zeros(pattern.inputs, np.float32))
+        else:
+            _strided_back(*lines, pattern.stride, pattern.padding, sizes, pattern.inputs)
+        return x
+
+
+class Chain:
+    """Stages one behind the other; before a linear one, images are flattened channel by channel."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = tuple(stages)
+
+    def __call__(self, x: Tensor, values: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+        """Map (B, C, H, W) to the outputs of the last stage, by the kept values and the bias of each stage."""
+        return _Chained.apply(self, x, *values, *biases)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Chained(torch.autograd.Function):
+    """A chain with its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, x: Tensor, *weights: Any) -> Tensor:
+        """See `Chain`."""
+        values, biases = weights[: len(chain.stages)], weights[len(chain.stages) :]
+        images = examples_last(x).numpy()
+        *_, height, width, examples = images.shape
+        size, steps = (height, width), list[_Step]()
+        for stage, kept, bias in zip(chain.stages, values, biases, strict=True):
+            steps.append(_Step(stage, (1, 1) if steps and stage.pattern.linear else size, examples, kept, bias))
+            size = (steps[-1].sizes.rows, steps[-1].sizes.columns)
+        source = images.reshape(-1)
+        if not steps[0].pattern.linear:
+            source, place = steps[0].room()
+            _blocked(images, source, place)
+        for step, following in zip(steps, [*steps[1:], None], strict=True):
+            place = _outside(step.sizes.rows, step.sizes.columns, examples)
+            if following is None:
+                y = _memory(step.sizes.outputs * place.plane)
+            elif following.pattern.linear:
+                y, _ = following.room()
+            else:
+                y, place = following.room()
+            step.forward(source, y, place)
+            source = y
+        ctx.steps = steps
+        return torch.from_numpy(source).view(-1, *size, examples).permute(3, 0, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, values and biases."""
+        steps: list[_Step] = ctx.steps
+        to_values: list[Tensor] = []
+        to_biases: list[Tensor | None] = []
+        y, blocked = examples_last(gradient).view(-1).numpy(), False
+        for step in reversed(steps):
+            sizes = step.sizes
+            place = _outside(sizes.rows, sizes.columns, step.examples)
+            if blocked:
+                place = _inside(sizes.outputs, sizes.rows, sizes.columns)
+            y, grad, bias = step.backward(y, place, to_x=step is not steps[0] or ctx.needs_input_grad[1])
+            blocked = not step.pattern.linear
+            to_values.insert(0, torch.from_numpy(grad))
+            to_biases.insert(0, torch.from_numpy(bias) if step.biased else None)
+        if not ctx.needs_input_grad[1]:
+            return None, None, *to_values, *to_biases
+        shape = (steps[0].pattern.inputs, *steps[0].to.size, steps[0].examples)
+        if blocked:
+            x = _memory(prod(shape)).reshape(shape)
+            _unblocked(y.reshape(-1, *shape[:3], LANES), x)
+            y = x
+        return None, torch.from_numpy(y).view(shape).permute(3, 0, 1, 2), *to_values, *to_biases
+
+
+def _memory(size: int) -> Floats:
+    """Memory that begins at a multiple of 64 bytes, as vectors are loaded fastest from; numpy's own need not."""
+    return torch.empty(size).numpy()
+
+
+@lru_cache
+def _ones(outputs: int) -> _Ones:
+    """Return a line of ones, and for each output where it begins and where the output's sum stands."""
+    return np.ones(PIECE * LANES, np.float32), np.zeros(outputs, np.int32), np.arange(outputs, dtype=np.int32)
+
+
+@lru_cache
+def _window(window: tuple[int, int], row: int, pixel: int) -> NDArray[np.int64]:
+    """Where the taps of a window stand, in rows of so many elements."""
+    high, wide = window
+    taps: NDArray[np.int64] = (np.arange(high)[:, None] * row + np.arange(wide) * pixel).ravel()
+    return taps
+
+
+def convolve(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+    """Convolve (B, C, H, W) with the kept weights `values`, in row-major order; the result has the examples last in memory."""
+    return Chain([Stage(pattern)])(x, [values], [bias])
+
+
+def linear(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+    """Map (..., inputs) to (..., outputs) by the kept weights; the result has the rows last in memory."""
+    rows = x.reshape(-1, x.shape[-1])[:, :, None, None]
+    return convolve(rows, values, bias, pattern).view(len(rows), -1).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return, no-untyped-call]
