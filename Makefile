@@ -28,6 +28,7 @@ demo: setup
 
 bench: setup
 	$(BIN)/python -m fedsieve.bench.codec
+	$(BIN)/python -m fedsieve.bench.kernels
 	$(BIN)/python -m fedsieve.bench.rounds
 	$(BIN)/python -m fedsieve.bench.memory
 

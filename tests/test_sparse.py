@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedsieve.data.batches import Examples
+from fedsieve.local import forms
 from fedsieve.local.executor import Executor
 from fedsieve.local.forms import Kept, sparse_layers
 from fedsieve.local.lines import pieces
@@ -20,6 +21,11 @@ from fedsieve.models.spec import ModelSpec, build
 from fedsieve.params import Masks, Params
 from fedsieve.settings import Local, Model
 from fedsieve.streams import Streams
+
+
+@pytest.fixture(autouse=True)
+def small_models_too(monkeypatch):
+    monkeypatch.setattr(forms, "SMALLEST", 0)
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -224,6 +230,14 @@ def test_layers_are_chosen_by_their_own_density():
     assert sparse_layers(spec.module, masks, Local(sparse_conv=0.0, sparse_linear=0.0)) == []
 
 
+def test_small_models_are_left_to_dense_kernels(monkeypatch):
+    spec = build(Model(name="mlp", hidden=(8,)), (4,), 2)
+    masks = Masks(spec.layout, torch.zeros(spec.layout.maskable, dtype=torch.bool))
+    assert sparse_layers(spec.module, masks, Local()) == ["fc1", "fc2"]
+    monkeypatch.undo()
+    assert sparse_layers(spec.module, masks, Local()) == []
+
+
 def test_memory_of_training_is_proportional_to_density():
     spec = build(Model(name="cnn"), (1, 28, 28), 10)
     held = {}
@@ -255,6 +269,14 @@ def test_a_shared_layer_and_one_outside_a_sequence_are_computed_too():
         for setting in (Local(sparse_linear=1.0), Local(sparse_linear=0.0))
     ]
     assert_close(found[:1], found[1:])
+
+
+def test_a_second_gradient_is_refused():
+    values = torch.ones(4, requires_grad=True)
+    y = convolve(torch.randn(3, 2, 4, 4), values, None, Pattern(np.ones((2, 2, 1, 1), bool)))
+    torch.autograd.grad(y.sum(), values, retain_graph=True)
+    with pytest.raises(RuntimeError, match="asked for once"):
+        torch.autograd.grad(y.sum(), values)
 
 
 def test_not_a_number_comes_through():

@@ -18,6 +18,7 @@ COMMANDS = {
     "report": "write report.html, report.md and records.csv of a run: fedsieve report DIR",
     "compare": "compare runs in a table and on one page: fedsieve compare DIR...",
     "list": "list algorithms, datasets, models or partitions [--json]",
+    "bench": "measure where sparse kernels pay on this machine: fedsieve bench kernels",
     "export": "write the final model for use elsewhere: fedsieve export DIR",
 }
 

@@ -240,6 +240,33 @@ def export_command(words: list[str]) -> None:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Measure this machine.
+
+    kernels  sparse layers against dense ones, by density: what to set local.sparse_conv and local.sparse_linear to
+
+    Example: fedsieve bench kernels
+    """
+
+    what: Positional[Literal["kernels"]]
+    """what to measure"""
+    seconds: float = 2.0
+    """about how long each row may take, > 0"""
+    out: Path | None = None
+    """JSON file to write the figures to; None: they are only printed"""
+
+
+def bench_command(words: list[str]) -> None:
+    """Measure this machine."""
+    asked = _parsed(Bench, words, "fedsieve bench")
+    if asked.seconds <= 0:
+        raise UsageError(f"--seconds {asked.seconds}: it should be more than 0.")
+    from fedsieve.bench import kernels
+
+    kernels.measure(asked.out, asked.seconds)
+
+
+@dataclass(frozen=True)
 class Demo:
     """Train FedSparsify and dense FedAvg, and compare them.
 

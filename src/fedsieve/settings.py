@@ -195,7 +195,8 @@ class Local:
     """largest density at which a masked convolution is computed over its kept weights only, in [0, 1] (0: never; on a CPU, in
     fp32); rounding differs by about 1e-5 of the largest value"""
     sparse_linear: Threshold = 0.3
-    """the same for a masked linear layer; `fedsieve bench kernels` prints where each pays on a machine"""
+    """largest density at which a masked linear layer is computed over its kept weights only, in [0, 1] (0: never);
+    `fedsieve bench kernels` prints where either pays on a machine"""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     """cpu, or cuda (cuda:0, ...): sequential only"""
 

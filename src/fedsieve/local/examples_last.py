@@ -53,10 +53,10 @@ def _max_pool(x: Floats, window: tuple[int, int], at: NDArray[np.int64], y: Floa
     source, into, numbers = x.reshape(x.size), y.reshape(y.size), taps.reshape(taps.size)
     for c in range(channels):
         for h in range(height):
-            for w in range(width):
-                to = ((c * height + h) * width + w) * examples
-                base = ((c * x.shape[1] + h * window[0]) * x.shape[2] + w * window[1]) * examples
-                largest(into, to, numbers, to, source, base, at, examples, False)
+            to = (c * height + h) * width * examples
+            base = (c * x.shape[1] + h * window[0]) * x.shape[2] * examples
+            step = window[1] * examples
+            largest(into, to, examples, numbers, to, examples, source, base, step, at, width, examples, False)
 
 
 @compiled
@@ -66,10 +66,10 @@ def _max_pool_back(y: Floats, taps: Bytes, window: tuple[int, int], at: NDArray[
     source, into, numbers = y.reshape(y.size), x.reshape(x.size), taps.reshape(taps.size)
     for c in range(channels):
         for h in range(height):
-            for w in range(width):
-                begin = ((c * height + h) * width + w) * examples
-                base = ((c * x.shape[1] + h * window[0]) * x.shape[2] + w * window[1]) * examples
-                routed(source, begin, numbers, begin, into, base, at, examples)
+            begin = (c * height + h) * width * examples
+            base = (c * x.shape[1] + h * window[0]) * x.shape[2] * examples
+            step = window[1] * examples
+            routed(source, begin, examples, numbers, begin, examples, into, base, step, at, width, examples)
 
 
 class MaxPool(torch.autograd.Function):

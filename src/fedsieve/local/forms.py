@@ -22,6 +22,9 @@ from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Kind, Layout, Masks, Slot
 from fedsieve.settings import Local
 
+SMALLEST = 2**16
+"""weights, kept or not, that the layers must have together for sparse kernels to be worth their start"""
+
 Support = tuple[Tensor, list[Tensor]]
 """1.0 where a weight is kept, 0.0 where pruned, of the first weights of a form; and its views, one a tensor"""
 
@@ -140,9 +143,12 @@ class Kept:
 
 
 def sparse_layers(module: nn.Module, masks: Masks, local: Local) -> list[str]:
-    """Return the names of the layers that sparse kernels compute: those whose masks are as sparse as the settings say."""
+    """Return the names of the layers that sparse kernels compute: those whose masks are as sparse as the settings say.
+
+    None, if they are small: on networks for a few dozen features the kernels take longer to load than they save.
+    """
     uses = Counter(id(tensor) for each in module.modules() for tensor in each._parameters.values())
-    names = []
+    names, weights = [], 0
     for name, layer in module.named_modules():
         slot = masks.layout.named.get(f"{name}.weight")
         most = local.sparse_linear if type(layer) is nn.Linear else local.sparse_conv if _convolves(layer) else 0.0
@@ -150,7 +156,8 @@ def sparse_layers(module: nn.Module, masks: Masks, local: Local) -> list[str]:
             continue
         if int(masks[slot.name].sum()) <= most * slot.numel:
             names.append(name)
-    return names
+            weights += slot.numel
+    return names if weights >= SMALLEST else []
 
 
 def _convolves(layer: nn.Module) -> bool:

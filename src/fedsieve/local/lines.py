@@ -41,6 +41,8 @@ _BYTE = ir.IntType(8)
 _VECTOR, _FLAGS, _BYTES = (ir.VectorType(element, LANES) for element in (_FLOAT, _BIT, _BYTE))
 _CUT, _LINE = (types.intp, types.intp, types.intp), (types.float32[::1], types.intp)
 _WEIGHTS = (types.int32[::1], types.int32[::1], types.float32[::1], types.intp, types.intp, types.intp)
+_ROWS = (types.float32[::1], types.intp, types.intp)
+_WINDOWS = (*_ROWS, types.uint8[::1], types.intp, types.intp, *_ROWS, types.int64[::1], types.intp, types.intp)
 _CONTRACT = ("contract",)
 
 
@@ -222,102 +224,163 @@ def dots(_typing, offset, vectors, tail, y, begin, x, base, at, which, grad, fir
 
 
 @_intrinsic
-def largest(_typing, y, begin, taps, first, x, base, at, length, relu):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """Take the largest number of a window, for each c < length: y[begin + c] = max over k of x[base + at[k] + c].
+def largest(_typing, y, begin, y_step, taps, first, t_step, x, base, x_step, at, pixels, length, relu):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Take the largest number of each of a row of windows: y[c] = max over k of x[at[k] + c], for c < length.
 
-    taps[first + c] is the first k that has it. NaN is larger than all. With `relu`, what is 0 or less becomes 0 with tap NONE.
+    taps[c] is the first k that has it. NaN is larger than all. With `relu`, what is 0 or less becomes 0 with tap NONE.
+
+    Args:
+        y: where the results go.
+        begin: of the first window's in y.
+        y_step: from window to window in y.
+        taps: where the taps go.
+        first: of the first window's in taps.
+        t_step: from window to window in taps.
+        x: what the windows lie on.
+        base: of the first window in x.
+        x_step: from window to window in x.
+        at: what the taps of a window stand at.
+        pixels: number of windows.
+        length: numbers a tap.
+        relu: see above.
     """
-    signature = types.void(*_LINE, types.uint8[::1], types.intp, *_LINE, types.int64[::1], types.intp, types.boolean)
+    signature = types.void(*_WINDOWS, types.boolean)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        y, begin, taps, first, x, base, at, length, relu = args
+        y, begin, y_step, taps, first, t_step, x, base, x_step, at, pixels, length, relu = args
         kinds = signature.args
-        out, numbers = _place(context, builder, kinds[0], y, begin), _place(context, builder, kinds[2], taps, first)
-        source, offsets = _place(context, builder, kinds[4], x, base), _place(context, builder, kinds[6], at)
-        count = builder.extract_value(context.make_array(kinds[6])(context, builder, at).shape, 0)
+        out, numbers = _place(context, builder, kinds[0], y, begin), _place(context, builder, kinds[3], taps, first)
+        source, offsets = _place(context, builder, kinds[6], x, base), _place(context, builder, kinds[9], at)
+        count = builder.extract_value(context.make_array(kinds[9])(context, builder, at).shape, 0)
         cut, zeros = _spread(builder, builder.trunc(relu, _BIT), _FLAGS), ir.Constant(_VECTOR, [0.0] * LANES)
+        best, tap = _code.alloca_once(builder, _VECTOR), _code.alloca_once(builder, _BYTES)
 
-        def piece(c: ir.Value, piece: _Piece) -> None:
-            best, tap = _code.alloca_once(builder, _VECTOR), _code.alloca_once(builder, _BYTES)
-            (line,) = piece.load(builder.gep(source, [builder.add(builder.load(offsets), c)]))
-            builder.store(line, best)
-            builder.store(ir.Constant(_BYTES, [0] * LANES), tap)
+        def work(w: ir.Value, c: ir.Value, piece: _Piece, taps: _Taps) -> None:
+            here = builder.add(builder.mul(w, x_step), c)
+
+            def load(k: ir.Value) -> ir.Value:
+                return piece.load(builder.gep(source, [builder.add(builder.load(builder.gep(offsets, [k])), here)]))[0]
 
             def compare(k: ir.Value) -> None:
-                (line,) = piece.load(builder.gep(source, [builder.add(builder.load(builder.gep(offsets, [k])), c)]))
-                old = builder.load(best)
+                line, old = load(k), builder.load(best)
                 larger = builder.or_(builder.fcmp_ordered(">", line, old), builder.fcmp_unordered("uno", line, line))
                 builder.store(builder.select(larger, line, old), best)
                 number = _spread(builder, builder.trunc(k, _BYTE), _BYTES)
                 builder.store(builder.select(larger, number, builder.load(tap)), tap)
 
-            _each_tap(builder, 1, count, compare)
+            builder.store(load(_INDEX(0)), best)
+            builder.store(ir.Constant(_BYTES, [0] * LANES), tap)
+            taps(1, compare)
             value, number = builder.load(best), builder.load(tap)
             dead = builder.and_(builder.fcmp_ordered("<=", value, zeros), cut)
-            piece.store([builder.select(dead, zeros, value)], builder.gep(out, [c]))
-            piece.store([builder.select(dead, ir.Constant(_BYTES, [NONE] * LANES), number)], builder.gep(numbers, [c]))
+            piece.store([builder.select(dead, zeros, value)], builder.gep(out, [builder.add(builder.mul(w, y_step), c)]))
+            number = builder.select(dead, ir.Constant(_BYTES, [NONE] * LANES), number)
+            piece.store([number], builder.gep(numbers, [builder.add(builder.mul(w, t_step), c)]))
 
-        _each_vector(builder, length, piece)
+        _each_window(builder, count, pixels, length, work)
         return context.get_dummy_value()
 
     return signature, generate
 
 
 @_intrinsic
-def routed(_typing, y, begin, taps, first, x, base, at, length):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """Transpose of `largest`: x[base + at[k] + c] = y[begin + c] if taps[first + c] == k else 0, for all k and c < length."""
-    signature = types.void(*_LINE, types.uint8[::1], types.intp, *_LINE, types.int64[::1], types.intp)
+def routed(_typing, y, begin, y_step, taps, first, t_step, x, base, x_step, at, pixels, length):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Transpose of `largest`: x[at[k] + c] = y[c] if taps[c] == k else 0, for all k and c < length."""
+    signature = types.void(*_WINDOWS)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        y, begin, taps, first, x, base, at, length = args
+        y, begin, y_step, taps, first, t_step, x, base, x_step, at, pixels, length = args
         kinds = signature.args
-        source, numbers = _place(context, builder, kinds[0], y, begin), _place(context, builder, kinds[2], taps, first)
-        out, offsets = _place(context, builder, kinds[4], x, base), _place(context, builder, kinds[6], at)
-        count = builder.extract_value(context.make_array(kinds[6])(context, builder, at).shape, 0)
+        source, numbers = _place(context, builder, kinds[0], y, begin), _place(context, builder, kinds[3], taps, first)
+        out, offsets = _place(context, builder, kinds[6], x, base), _place(context, builder, kinds[9], at)
+        count = builder.extract_value(context.make_array(kinds[9])(context, builder, at).shape, 0)
 
-        def piece(c: ir.Value, piece: _Piece) -> None:
-            (line,), (tap,) = piece.load(builder.gep(source, [c])), piece.load(builder.gep(numbers, [c]), _BYTES)
+        def work(w: ir.Value, c: ir.Value, piece: _Piece, taps: _Taps) -> None:
+            (line,) = piece.load(builder.gep(source, [builder.add(builder.mul(w, y_step), c)]))
+            (tap,) = piece.load(builder.gep(numbers, [builder.add(builder.mul(w, t_step), c)]), _BYTES)
+            there = builder.add(builder.mul(w, x_step), c)
 
             def hand(k: ir.Value) -> None:
                 here = builder.icmp_unsigned("==", tap, _spread(builder, builder.trunc(k, _BYTE), _BYTES))
-                place = builder.gep(out, [builder.add(builder.load(builder.gep(offsets, [k])), c)])
+                place = builder.gep(out, [builder.add(builder.load(builder.gep(offsets, [k])), there)])
                 piece.store([builder.select(here, line, ir.Constant(_VECTOR, [0.0] * LANES))], place)
 
-            _each_tap(builder, 0, count, hand)
+            taps(0, hand)
 
-        _each_vector(builder, length, piece)
+        _each_window(builder, count, pixels, length, work)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-def _each_tap(builder: ir.IRBuilder, first: int, count: ir.Value, tap: Callable[[ir.Value], None]) -> None:
-    """Generate code for taps first..count - 1 of a window: a loop, and lines without one for windows of 1 and of 4."""
-    after, loop = builder.append_basic_block("after"), builder.append_basic_block("loop")
-    choice = builder.switch(count, loop)
+@_intrinsic
+def copied(_typing, y, begin, y_step, x, base, x_step, pixels, length):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Copy a row of pixels of `length` numbers: they are y_step apart in y, x_step in x."""
+    signature = types.void(*_ROWS, *_ROWS, types.intp, types.intp)
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        y, begin, y_step, x, base, x_step, pixels, length = args
+        kinds = signature.args
+        out, source = _place(context, builder, kinds[0], y, begin), _place(context, builder, kinds[3], x, base)
+
+        def work(w: ir.Value, c: ir.Value, piece: _Piece) -> None:
+            line = piece.load(builder.gep(source, [builder.add(builder.mul(w, x_step), c)]))
+            piece.store(line, builder.gep(out, [builder.add(builder.mul(w, y_step), c)]))
+
+        _each_vector(builder, pixels, length, work)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+_Taps = Callable[[int, Callable[[ir.Value], None]], None]
+"""generates code for each tap of a window, from one on"""
+
+
+def _each_window(
+    builder: ir.IRBuilder,
+    count: ir.Value,
+    pixels: ir.Value,
+    length: ir.Value,
+    work: Callable[[ir.Value, ir.Value, _Piece, _Taps], None],
+) -> None:
+    """Generate code for each vector of a row of windows: without a loop over the taps where there are 1 or 4."""
+
+    def several(first: int, tap: Callable[[ir.Value], None]) -> None:
+        with _code.for_range_slice(builder, _INDEX(first), count, _INDEX(1), inc=True) as (k, _):
+            tap(k)
+
+    after, others = builder.append_basic_block("after"), builder.append_basic_block("others")
+    choice = builder.switch(count, others)
     for size in (1, 4):
+
+        def known(first: int, tap: Callable[[ir.Value], None], size: int = size) -> None:
+            for k in range(first, size):
+                tap(_INDEX(k))
+
         block = builder.append_basic_block(f"taps_{size}")
         choice.add_case(_INDEX(size), block)
         with builder.goto_block(block):
-            for k in range(first, size):
-                tap(_INDEX(k))
+            _each_vector(builder, pixels, length, lambda w, c, piece, taps=known: work(w, c, piece, taps))  # type: ignore[misc]
             builder.branch(after)
-    with builder.goto_block(loop):
-        with _code.for_range_slice(builder, _INDEX(first), count, _INDEX(1), inc=True) as (k, _):
-            tap(k)
+    with builder.goto_block(others):
+        _each_vector(builder, pixels, length, lambda w, c, piece: work(w, c, piece, several))
         builder.branch(after)
     builder.position_at_end(after)
 
 
-def _each_vector(builder: ir.IRBuilder, length: ir.Value, piece: Callable[[ir.Value, _Piece], None]) -> None:
-    """Generate code for each full vector of a line, and for what is left."""
+def _each_vector(
+    builder: ir.IRBuilder, pixels: ir.Value, length: ir.Value, work: Callable[[ir.Value, ir.Value, _Piece], None]
+) -> None:
+    """Generate code for each vector of each pixel of a row."""
     zero, lanes = _INDEX(0), _INDEX(LANES)
     tail = builder.srem(length, lanes)
     full = builder.sub(length, tail)
-    with _code.for_range_slice(builder, zero, full, lanes, inc=True) as (c, _):
-        piece(c, _Piece(builder, 1, False, tail))
-    with builder.if_then(builder.icmp_signed(">", tail, zero)):
-        piece(full, _Piece(builder, 1, True, tail))
+    with _code.for_range(builder, pixels) as loop:
+        with _code.for_range_slice(builder, zero, full, lanes, inc=True) as (c, _):
+            work(loop.index, c, _Piece(builder, 1, False, tail))
+        with builder.if_then(builder.icmp_signed(">", tail, zero)):
+            work(loop.index, full, _Piece(builder, 1, True, tail))
 
 
 @compiled
@@ -327,12 +390,11 @@ def pieces(length: int) -> NDArray[np.int64]:
     rest = min(full, OPEN - 1) if tail else 0
     full -= rest
     count = (full + PIECE - 1) // PIECE
-    found = np.empty((count + (1 if tail else 0), 3), np.int64)
+    found = np.zeros((count + (1 if tail else 0), 3), np.int64)
     begin = 0
     for c in range(count):
-        vectors = full // count + (1 if c < full % count else 0)
-        found[c] = (begin, vectors, 0)
-        begin += vectors * LANES
+        found[c, 0], found[c, 1] = begin, full // count + (1 if c < full % count else 0)
+        begin += found[c, 1] * LANES
     if tail:
-        found[count] = (begin, rest + 1, tail)
+        found[count, 0], found[count, 1], found[count, 2] = begin, rest + 1, tail
     return found

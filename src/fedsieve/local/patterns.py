@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ EXAMPLES = 32
 """examples that a linear layer's sum is cut for; any number works"""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Lists:
     """Kept weights sorted for one pass: those of list j are begin[j] .. begin[j + 1] - 1."""
 
@@ -29,7 +30,7 @@ class Lists:
     blocks: int
     """blocks of sources that are summed one after another"""
 
-    @property
+    @cached_property
     def arrays(self) -> tuple[Indices, Indices, NDArray[np.int64], int]:
         """All of it, as compiled functions take it."""
         return self.at, self.which, self.begin, self.blocks

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedsieve.local.lines import LANES, PIECE, Floats, Indices, compiled, dots, gather, largest, pieces, routed
-from fedsieve.local.patterns import Geometry, Pattern
+from fedsieve.local.lines import LANES, PIECE, Floats, Indices, compiled, copied, dots, gather, largest, pieces, routed
+from fedsieve.local.patterns import Pattern
 
 Bytes = NDArray[np.uint8]
 _Lists = tuple[Indices, Indices, NDArray[np.int64], int]
@@ -208,9 +208,14 @@ def _forward(
             _sums(rows, 0, high * length, length, x, base, sizes.step, lists, values, examples, start, high, cut)
             for o in range(sizes.outputs):
                 to, tap = _at(place, b, o, h), ((b * sizes.outputs + o) * sizes.rows + h) * sizes.columns * examples
+                source = o * high * length
+                if place.phases == 1:
+                    to, many = to + place.before * place.pixel, sizes.columns
+                    largest(y, to, place.pixel, taps, tap, examples, rows, source, wide * examples, window, many, count, relu)
+                    continue
                 for w in range(sizes.columns):
-                    source = o * high * length + w * wide * examples
-                    largest(y, to + _pixel(place, w), taps, tap + w * examples, rows, source, window, count, relu)
+                    pixel, base = to + _pixel(place, w), source + w * wide * examples
+                    largest(y, pixel, 0, taps, tap + w * examples, 0, rows, base, 0, window, 1, count, relu)
 
 
 @compiled
@@ -243,8 +248,7 @@ def _backward(
             for o in range(sizes.outputs):
                 source, tap = _at(place, b, o, h), ((b * sizes.outputs + o) * sizes.rows + h) * sizes.columns * examples
                 to = begin + o * frame.plane
-                for w in range(sizes.columns):
-                    routed(y, source + _pixel(place, w), taps, tap + w * examples, out, to + w * wide * examples, window, count)
+                routed(y, source, place.pixel, taps, tap, examples, out, to, wide * examples, window, sizes.columns, count)
                 if sizes.left:
                     for r in range(high):
                         out[to + r * frame.row + length - sizes.left : to + r * frame.row + length] = 0
@@ -320,45 +324,30 @@ def _strided_back(
 
 
 @compiled
-def _blocked(x: Floats, y: Floats, place: _Place) -> None:
-    """Copy images (C, H, W, B) into blocks, and zeros for the examples that the last block lacks."""
-    channels, height, width, examples = x.shape
-    for b in range((examples + LANES - 1) // LANES):
-        count = min(LANES, examples - b * LANES)
-        for i in range(channels):
-            for h in range(height):
-                to = _at(place, b, i, h)
-                for w in range(width):
-                    pixel = to + _pixel(place, w)
-                    for k in range(count):
-                        y[pixel + k] = x[i, h, w, b * LANES + k]
-                    for k in range(count, LANES):
-                        y[pixel + k] = 0
-
-
-@compiled
-def _unblocked(x: Floats, y: Floats) -> None:
-    """Copy images out of blocks, (blocks, C, H, W, 8), into (C, H, W, B)."""
-    channels, height, width, examples = y.shape
+def _blocked(x: Floats, shape: tuple[int, int, int, int], y: Floats, place: _Place) -> None:
+    """Copy images (C, H, W, B) into blocks."""
+    channels, height, width, examples = shape
     for i in range(channels):
         for h in range(height):
-            for w in range(width):
-                for b in range(len(x)):
-                    for k in range(min(LANES, examples - b * LANES)):
-                        y[i, h, w, b * LANES + k] = x[b, i, h, w, k]
+            source = (i * height + h) * width * examples
+            for b in range((examples + LANES - 1) // LANES):
+                to, base, count = _at(place, b, i, h), source + b * LANES, min(LANES, examples - b * LANES)
+                if place.phases == 1:
+                    copied(y, to + place.before * LANES, LANES, x, base, examples, width, count)
+                    continue
+                for w in range(width):
+                    copied(y, to + _pixel(place, w), LANES, x, base + w * examples, examples, 1, count)
 
 
 @compiled
-def _clear(y: Floats, images: int, rows: int, place: _Place, height: int, width: int) -> None:
-    """Write the zeros around images: `images` of them, of so many rows with the zeros."""
-    for image in range(images):
-        for r in range(rows):
-            to = image * place.plane + r * place.row
-            if not place.top <= r < place.top + height or place.phases > 1:
-                y[to : to + place.row] = 0
-            else:
-                y[to : to + place.before * LANES] = 0
-                y[to + (place.before + width) * LANES : to + place.row] = 0
+def _unblocked(x: Floats, shape: tuple[int, int, int, int], y: Floats) -> None:
+    """Copy images out of blocks, (blocks, C, H, W, 8), into (C, H, W, B)."""
+    channels, height, width, examples = shape
+    for i in range(channels):
+        for h in range(height):
+            for b in range((examples + LANES - 1) // LANES):
+                base, count = ((b * channels + i) * height + h) * width * LANES, min(LANES, examples - b * LANES)
+                copied(y, (i * height + h) * width * examples + b * LANES, examples, x, base, LANES, width, count)
 
 
 def examples_last(images: Tensor) -> Tensor:
@@ -367,15 +356,16 @@ def examples_last(images: Tensor) -> Tensor:
 
 
 class _Step:
-    """A stage on given images, and what it keeps of its forward pass for the backward one."""
+    """A stage on images of one size, a number of them: all that is known before the images are.
 
-    def __init__(self, stage: Stage, size: tuple[int, int], examples: int, values: Tensor, bias: Tensor | None) -> None:
-        self.stage, self.pattern, self.values, self.biased = stage, stage.pattern, values.detach().numpy(), bias is not None
-        self.start = np.zeros(self.pattern.outputs, np.float32) if bias is None else bias.detach().numpy()
-        self.to: Geometry = self.pattern.at(*size)
-        self.examples, block = examples, examples if self.pattern.linear else LANES
-        (height, width), (high, wide), blocks = self.to.out, stage.window, -(-examples // block)
-        rows, columns = height // high, width // wide
+    Memory that is written anew each time is kept from call to call, with the zeros that stand around images in it.
+    """
+
+    def __init__(self, stage: Stage, size: tuple[int, int], examples: int) -> None:
+        self.stage, self.examples, self.linear = stage, examples, stage.pattern.linear
+        self.pattern, self.to = stage.pattern, stage.pattern.at(*size)
+        (height, width), (high, wide), block = self.to.out, stage.window, examples if self.linear else LANES
+        rows, columns, blocks = height // high, width // wide, -(-examples // block)
         x_row = self.pattern.stride[1] * self.to.plane[1] * block
         self.sizes = _Sizes(
             blocks,
@@ -391,53 +381,71 @@ class _Step:
             left_rows=height - rows * high,
             left=(width - columns * wide) * block,
         )
+        self.out, self.outputs = (rows, columns), self.pattern.outputs * rows * columns
+        self.place = _outside(*size, examples)
+        """where the images stand that this stage reads"""
+        if not self.linear:
+            self.place = _inside(
+                self.pattern.inputs, self.to.plane[0], self.to.plane[1], self.pattern.stride[1], *self.pattern.padding
+            )
+        self.into = _outside(rows, columns, examples)
+        """where those go that it writes"""
+        self._rows = _memory(self.sizes.outputs * high * self.sizes.length)
+        self._window = _taps(stage.window, self.sizes.length, block)
+        self._ones = _ones(self.sizes.outputs)
+        self._gradients: dict[bool, tuple[Floats, _Place, NDArray[np.int64]]] = {}
+        self._spare: list[Floats] = []
 
-    def room(self) -> tuple[Floats, _Place]:
-        """Return memory for images that this stage reads, and where they stand in it; the zeros around them are written."""
-        pattern, (height, width), (rows, columns) = self.pattern, self.to.size, self.to.plane
-        if pattern.linear:
-            return _memory(pattern.inputs * self.examples), _outside(height, width, self.examples)
-        place = _inside(pattern.inputs, rows, columns, pattern.stride[1], *pattern.padding)
-        x = _memory(self.sizes.blocks * place.block)
-        _clear(x, self.sizes.blocks * pattern.inputs, rows, place, height, width)
-        return x, place
+    def room(self) -> Floats:
+        """Return memory for the images that this stage reads, with zeros around them and for examples that a block lacks."""
+        if self._spare:
+            return self._spare.pop()
+        if self.linear:
+            return _memory(self.pattern.inputs * self.examples)
+        x = _memory(self.sizes.blocks * self.place.block)
+        x[:] = 0
+        return x
 
-    def forward(self, x: Floats, y: Floats, place: _Place) -> None:
-        """Compute the outputs and write them to their place in y."""
+    def give_back(self, x: Floats) -> None:
+        """Take memory back that `room` gave."""
+        self._spare.append(x)
+
+    def forward(self, x: Floats, values: Floats, start: Floats, y: Floats) -> Bytes:
+        """Compute the outputs and write them to their place in y; return the tap of each."""
         sizes = self.sizes
-        outputs = sizes.blocks * sizes.outputs * sizes.rows * sizes.columns * sizes.examples
-        self.x, self.taps = x, np.empty(outputs, np.uint8)
-        rows, weights = _memory(sizes.outputs * sizes.window[0] * sizes.length), (self.values, self.start)
-        window = _window(sizes.window, sizes.length, sizes.examples)
-        _forward(x, self.to.forward.arrays, *weights, sizes, rows, window, self.stage.relu, y, place, self.taps)
+        taps = np.empty(sizes.blocks * self.outputs * sizes.examples, np.uint8)
+        lists, relu = self.to.forward.arrays, self.stage.relu
+        _forward(x, lists, values, start, sizes, self._rows, self._window, relu, y, self.into, taps)
+        return taps
 
-    def backward(self, y: Floats, place: _Place, to_x: bool) -> tuple[Floats, Floats, Floats]:
+    def backward(
+        self, y: Floats, place: _Place, x: Floats, values: Floats, taps: Bytes, to_x: bool
+    ) -> tuple[Floats, Floats, Floats]:
         """Return the gradients of inputs (blocks without zeros around; empty if not wanted), values and bias."""
-        sizes, to, pattern = self.sizes, self.to, self.pattern
-        frame = _Place(0, sizes.window[0] * sizes.length, sizes.length, sizes.examples, 1, 0, 0, 0)
-        if to_x:
-            rows, columns = to.plane_back
-            row = columns * sizes.examples
-            frame = _Place(pattern.outputs * rows * row, rows * row, row, sizes.examples, 1, columns, *to.margin)
-        images = sizes.outputs * (sizes.blocks if to_x else 1)
-        out = _memory(images * frame.plane)
-        if sizes.last < sizes.examples:
-            out[:] = 0
-        elif to_x and to.plane_back != to.out:
-            _clear(out, images, to.plane_back[0], frame, *to.out)
-        grad, bias, window = (
-            np.zeros_like(self.values),
-            np.zeros_like(self.start),
-            _window(sizes.window, frame.row, sizes.examples),
-        )
-        sums = (grad, bias, _ones(sizes.outputs))
-        _backward(y, place, self.taps, sizes, window, to_x, out, frame, self.x, to.forward.arrays, *sums)
-        return self._input_gradient(out, frame) if to_x else _memory(0), grad, bias
+        out, frame, window = self._gradient(to_x)
+        grad, bias = np.zeros(len(values), np.float32), np.zeros(self.sizes.outputs, np.float32)
+        lists = self.to.forward.arrays
+        _backward(y, place, taps, self.sizes, window, to_x, out, frame, x, lists, grad, bias, self._ones)
+        return self._input_gradient(out, frame, values) if to_x else _NOTHING, grad, bias
 
-    def _input_gradient(self, y: Floats, frame: _Place) -> Floats:
-        pattern, sizes = self.pattern, self.sizes
-        x = _memory(sizes.blocks * pattern.inputs * self.to.size[0] * self.to.size[1] * sizes.examples)
-        lines = (x, *self.to.size, y, frame, self.to.backward.arrays, self.values)
+    def _gradient(self, whole: bool) -> tuple[Floats, _Place, NDArray[np.int64]]:
+        """Memory for the gradient of the layer's outputs, whole or a row of windows; where it stands; and its windows' taps."""
+        if whole not in self._gradients:
+            sizes, images = self.sizes, self.sizes.outputs
+            frame = _Place(0, sizes.window[0] * sizes.length, sizes.length, sizes.examples, 1, 0, 0, 0)
+            if whole:
+                rows, columns = self.to.plane_back
+                row, images = columns * sizes.examples, images * sizes.blocks
+                frame = _Place(sizes.outputs * rows * row, rows * row, row, sizes.examples, 1, columns, *self.to.margin)
+            out = _memory(images * frame.plane)
+            out[:] = 0
+            self._gradients[whole] = out, frame, _taps(sizes.window, frame.row, sizes.examples)
+        return self._gradients[whole]
+
+    def _input_gradient(self, y: Floats, frame: _Place, values: Floats) -> Floats:
+        pattern, sizes, (height, width) = self.pattern, self.sizes, self.to.size
+        x = _memory(sizes.blocks * pattern.inputs * height * width * sizes.examples)
+        lines = (x, height, width, y, frame, self.to.backward.arrays, values)
         if pattern.stride == (1, 1):
             _back(*lines, pattern.padding, sizes, np.zeros(pattern.inputs, np.float32))
         else:
@@ -449,11 +457,25 @@ class Chain:
     """Stages one behind the other; before a linear one, images are flattened channel by channel."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
-        self.stages = tuple(stages)
+        self._stages = tuple(stages)
+        self._steps: dict[tuple[int, int, int], list[_Step]] = {}
 
     def __call__(self, x: Tensor, values: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
         """Map (B, C, H, W) to the outputs of the last stage, by the kept values and the bias of each stage."""
         return _Chained.apply(self, x, *values, *biases)  # type: ignore[no-any-return, no-untyped-call]
+
+    def on(self, height: int, width: int, examples: int) -> list[_Step]:
+        """Return the stages for images of a size, a number of them."""
+        if (height, width, examples) not in self._steps:
+            size, steps = (height, width), list[_Step]()
+            for stage in self._stages:
+                step = _Step(stage, (1, 1) if steps and stage.pattern.linear else size, examples)
+                if steps and not step.linear:
+                    steps[-1].into = step.place
+                steps.append(step)
+                size = step.out
+            self._steps[height, width, examples] = steps
+        return self._steps[height, width, examples]
 
 
 class _Chained(torch.autograd.Function):
@@ -462,55 +484,61 @@ class _Chained(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Chain, x: Tensor, *weights: Any) -> Tensor:
         """See `Chain`."""
-        values, biases = weights[: len(chain.stages)], weights[len(chain.stages) :]
         images = examples_last(x).numpy()
         *_, height, width, examples = images.shape
-        size, steps = (height, width), list[_Step]()
-        for stage, kept, bias in zip(chain.stages, values, biases, strict=True):
-            steps.append(_Step(stage, (1, 1) if steps and stage.pattern.linear else size, examples, kept, bias))
-            size = (steps[-1].sizes.rows, steps[-1].sizes.columns)
+        ctx.steps = steps = chain.on(height, width, examples)
+        values = [kept.detach().numpy() for kept in weights[: len(steps)]]
         source = images.reshape(-1)
-        if not steps[0].pattern.linear:
-            source, place = steps[0].room()
-            _blocked(images, source, place)
-        for step, following in zip(steps, [*steps[1:], None], strict=True):
-            place = _outside(step.sizes.rows, step.sizes.columns, examples)
-            if following is None:
-                y = _memory(step.sizes.outputs * place.plane)
-            elif following.pattern.linear:
-                y, _ = following.room()
-            else:
-                y, place = following.room()
-            step.forward(source, y, place)
+        if not steps[0].linear:
+            source = steps[0].room()
+            _blocked(images.reshape(-1), images.shape, source, steps[0].place)
+        ctx.kept = []
+        for index, (step, of, bias) in enumerate(zip(steps, values, weights[len(steps) :], strict=True)):
+            y = steps[index + 1].room() if index + 1 < len(steps) else _memory(step.outputs * examples)
+            start = np.zeros(step.sizes.outputs, np.float32) if bias is None else bias.detach().numpy()
+            ctx.kept.append((source, of, step.forward(source, of, start, y)))
             source = y
-        ctx.steps = steps
-        return torch.from_numpy(source).view(-1, *size, examples).permute(3, 0, 1, 2)
+        if not any(ctx.needs_input_grad):
+            _give_back(ctx)
+        return torch.from_numpy(source).view(-1, *steps[-1].out, examples).permute(3, 0, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, values and biases."""
         steps: list[_Step] = ctx.steps
-        to_values: list[Tensor] = []
-        to_biases: list[Tensor | None] = []
-        y, blocked = examples_last(gradient).view(-1).numpy(), False
-        for step in reversed(steps):
-            sizes = step.sizes
-            place = _outside(sizes.rows, sizes.columns, step.examples)
-            if blocked:
-                place = _inside(sizes.outputs, sizes.rows, sizes.columns)
-            y, grad, bias = step.backward(y, place, to_x=step is not steps[0] or ctx.needs_input_grad[1])
-            blocked = not step.pattern.linear
-            to_values.insert(0, torch.from_numpy(grad))
-            to_biases.insert(0, torch.from_numpy(bias) if step.biased else None)
-        if not ctx.needs_input_grad[1]:
-            return None, None, *to_values, *to_biases
+        if not ctx.kept:
+            raise RuntimeError("a sparse layer's gradient can be asked for once: its memory has been used again")
+        to_x, count = ctx.needs_input_grad[1], len(steps)
+        grads: list[Tensor | None] = [None] * (2 * count)
+        y, place = examples_last(gradient).view(-1).numpy(), _outside(*steps[-1].out, steps[-1].examples)
+        for index in range(count - 1, -1, -1):
+            step, (x, values, taps) = steps[index], ctx.kept[index]
+            y, grad, bias = step.backward(y, place, x, values, taps, index > 0 or to_x)
+            grads[index] = torch.from_numpy(grad)
+            if ctx.needs_input_grad[2 + count + index]:
+                grads[count + index] = torch.from_numpy(bias)
+            before = steps[index - 1]
+            place = _outside(*before.out, step.examples) if step.linear else _inside(before.sizes.outputs, *before.out)
+        _give_back(ctx)
+        if not to_x:
+            return None, None, *grads
         shape = (steps[0].pattern.inputs, *steps[0].to.size, steps[0].examples)
-        if blocked:
-            x = _memory(prod(shape)).reshape(shape)
-            _unblocked(y.reshape(-1, *shape[:3], LANES), x)
-            y = x
-        return None, torch.from_numpy(y).view(shape).permute(3, 0, 1, 2), *to_values, *to_biases
+        if not steps[0].linear:
+            blocks, y = y, _memory(prod(shape))
+            _unblocked(blocks, shape, y)
+        return None, torch.from_numpy(y).view(shape).permute(3, 0, 1, 2), *grads
+
+
+def _give_back(ctx: Any) -> None:
+    """Give the memory of the images back that a chain has read."""
+    for index, (step, (x, *_)) in enumerate(zip(ctx.steps, ctx.kept, strict=True)):
+        if index or not step.linear:
+            step.give_back(x)
+    ctx.kept = []
+
+
+_NOTHING = np.empty(0, np.float32)
 
 
 def _memory(size: int) -> Floats:
@@ -525,7 +553,7 @@ def _ones(outputs: int) -> _Ones:
 
 
 @lru_cache
-def _window(window: tuple[int, int], row: int, pixel: int) -> NDArray[np.int64]:
+def _taps(window: tuple[int, int], row: int, pixel: int) -> NDArray[np.int64]:
     """Where the taps of a window stand, in rows of so many elements."""
     high, wide = window
     taps: NDArray[np.int64] = (np.arange(high)[:, None] * row + np.arange(wide) * pixel).ravel()
