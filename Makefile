@@ -1,9 +1,9 @@
-# make setup | test | demo | bench | bench-check | reproduce
+# make setup | test | demo | bench | bench-peers | bench-check | reproduce
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: setup test lint demo bench bench-check reproduce clean
+.PHONY: setup test lint demo bench bench-peers bench-check reproduce clean
 
 setup: .venv/.stamp
 
@@ -32,6 +32,10 @@ bench: setup
 	$(BIN)/python -m fedsieve.bench.rounds
 	$(BIN)/python -m fedsieve.bench.memory
 
+# Options: make bench-peers ARGS='--jobs J2 --repetitions 1'
+bench-peers: setup
+	$(BIN)/python -m fedsieve.bench.peers $(ARGS)
+
 bench-check: setup
 	$(BIN)/python -m fedsieve.bench.history
 
@@ -39,4 +43,4 @@ reproduce: setup
 	$(BIN)/python -m fedsieve.bench.reproduce
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .peers runs
