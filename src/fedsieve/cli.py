@@ -18,7 +18,7 @@ COMMANDS = {
     "report": "write report.html, report.md and records.csv of a run: fedsieve report DIR",
     "compare": "compare runs in a table and on one page: fedsieve compare DIR...",
     "list": "list algorithms, datasets, models or partitions [--json]",
-    "export": "write the final model for use elsewhere: fedsieve export DIR",
+    "export": "write the final model for use elsewhere: fedsieve export DIR [--compact]",
 }
 
 OVERVIEW = f"""\
