@@ -288,7 +288,7 @@ def test_a_bias_that_still_moves_is_no_constant():
 
 
 def test_a_constant_that_another_reader_trains_is_none():
-    """Neuron 0 is -0.1, behind a ReLU 0; but the output reads it directly too, so training lifts it above 0 within two steps."""
+    """Neuron 0 is -0.1, behind a ReLU 0; but the output reads it directly too, so training lifts it above 0."""
 
     class Net(nn.Module):
         def __init__(self):
