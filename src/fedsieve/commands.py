@@ -221,7 +221,7 @@ class Export:
       packed.safetensors  the weights kept, one bit a weight for where they stand
       model.pt            a PyTorch state dict, zeros where weights were pruned
 
-    And with --compact, without dead channels and neurons; the function is the same:
+    With --compact, without dead channels and neurons, the same function:
       compact.safetensors  a state dict; fedsieve.finish.compact.load makes a
                            module of it
       compact.json         widths, parameters and FLOPs before and after
@@ -235,7 +235,7 @@ class Export:
     """folder to write to; None: export/ in the run folder"""
     compact: bool = False
     """also write the network without its dead channels and neurons"""
-    multiple: int = 1
+    multiple: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """widths of the compact network are multiples of it, >= 1, or whole"""
 
 
