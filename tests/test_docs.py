@@ -19,6 +19,7 @@ from safetensors import safe_open
 from fedsieve import DataError, Diverged, Engine, FedAvg, FedSparsify, Local, UsageError, cli, errors, fit
 from fedsieve.algorithms.base import find, names
 from fedsieve.config import from_file
+from fedsieve.finish import compact
 from fedsieve.finish.export import export
 from fedsieve.report.settings import entries, settings_markdown
 from fedsieve.settings import Data, Model
@@ -28,8 +29,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
 SETTINGS = [Data, Model, Local, Engine, *map(find, names())]
-FREE = {"lost": "CLIENT", "densities": "TENSOR", "phases": "PHASE"}
-"""keys of a record under which names are free, and the word that the page uses for them"""
+FREE = {"lost": "CLIENT", "densities": "TENSOR", "phases": "PHASE", "widths": "LAYER"}
+"""keys of a record or an export under which names are free, and the word that the page uses for them"""
 
 
 def section(page, heading):
@@ -70,6 +71,7 @@ def run(digits, small, tmp_path_factory):
     result = fit(FedSparsify(density=0.2), model=small, data=digits, engine=engine, out=folder)
     assert any(row["lost"] for row in result.rows)
     export(folder, folder / "export")
+    compact.export(folder, folder / "export", small, Model(name="mlp", hidden=(16,)), digits.classes)
     return folder
 
 
@@ -97,6 +99,19 @@ def test_tensor_files_have_the_tensors_and_metadata_documented(run, small):
         assert set(file.keys()) == slots | {f"{name}.kept" for name in masked}
         assert set(file.metadata()) | {"TENSOR", "TENSOR.kept"} == documented
         assert file.metadata()["format"] in section("records.md", "export/packed.safetensors")
+
+
+def test_the_compact_export_holds_what_is_documented(run):
+    with safe_open(run / "export" / "compact.safetensors", framework="pt") as file:
+        assert set(file.metadata()) == first_column(section("records.md", "export/compact.safetensors"))
+        assert file.metadata()["format"] in section("records.md", "export/compact.safetensors")
+        module = compact.load(run / "export" / "compact.safetensors")
+        assert set(file.keys()) == set(module.state_dict())
+    sizes = json.loads((run / "export" / "compact.json").read_text())
+    documented = {
+        key for row in table(section("records.md", "export/compact.json")) for key in re.findall(r"`([^`]+)`", row[0])
+    }
+    assert set(leaves(sizes)) == documented
 
 
 def test_a_checkpoint_holds_what_is_documented(run):

@@ -221,22 +221,61 @@ class Export:
       packed.safetensors  the weights kept, one bit a weight for where they stand
       model.pt            a PyTorch state dict, zeros where weights were pruned
 
-    Example: fedsieve export runs/sparse
+    With --compact, without dead channels and neurons, the same function:
+      compact.safetensors  a state dict; fedsieve.finish.compact.load makes a
+                           module of it
+      compact.json         widths, parameters and FLOPs before and after
+
+    Example: fedsieve export runs/sparse --compact
     """
 
     folder: Positional[Path]
     """the run folder"""
     out: Path | None = None
     """folder to write to; None: export/ in the run folder"""
+    compact: bool = False
+    """also write the network without its dead channels and neurons"""
+    multiple: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """widths of the compact network are multiples of it, >= 1, or whole"""
 
 
 def export_command(words: list[str]) -> None:
     """Export the final model of a run."""
     asked = _parsed(Export, words, "fedsieve export")
+    if asked.multiple < 1 or (asked.multiple > 1 and not asked.compact):
+        raise UsageError(f"--multiple {asked.multiple}: it should be 1 or more, and goes with --compact.")
     from fedsieve.finish.export import export
 
-    for path in export(asked.folder, asked.out or asked.folder / "export"):
+    out = asked.out or asked.folder / "export"
+    for path in export(asked.folder, out):
         print(f"{path}  {path.stat().st_size:,} bytes")
+    if asked.compact:
+        _compact(asked.folder, out, asked.multiple)
+
+
+def _compact(folder: Path, out: Path, multiple: int) -> None:
+    """Write the compact network of a run and show what was removed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedsieve.finish import compact
+
+    config = configs.from_file(folder / "config.toml")
+    spec, data, _ = config.prepare()
+    *paths, sizes = compact.export(folder, out, spec, config.model, data.classes, multiple=multiple)
+    for path in paths:
+        print(f"{path}  {path.stat().st_size:,} bytes")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for heading in ("outputs", "left", "inputs", "left"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer, widths in sizes["widths"].items():
+        pairs = zip(widths["before"], widths["after"], strict=True)
+        table.add_row(layer, *(f"{width:,}" for pair in pairs for width in pair))
+    Console().print(table)
+    for key, name in (("parameters", "parameters"), ("flops", "FLOPs")):
+        before, after = sizes[key]["before"], sizes[key]["after"]
+        print(f"{name}: {before:,} -> {after:,} ({after / before:.1%})")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ class ModelSpec:
     loss: Loss
     flops: Mapping[str, int]
     """slot name -> floating-point operations (2 x multiply-adds) of one example's forward pass spent in that slot"""
+    example: Tensor
+    """one input, shape (1, ...)"""
 
     @classmethod
     def of(
@@ -103,7 +105,8 @@ class ModelSpec:
             kind = _kind(key, owner, tensor)
             prunable = kind is Kind.WEIGHT and isinstance(owner, PRUNABLE) if maskable == "weights" else kind is not Kind.BUFFER
             slots.append(Slot(key, tuple(tensor.shape), kind, prunable and key not in dense, blocks[key.partition(".")[0]]))
-        return cls(name, template, Layout.of(slots), loss, _measure(name, template, example.cpu(), tensors))
+        example = example.cpu()
+        return cls(name, template, Layout.of(slots), loss, _measure(name, template, example, tensors), example)
 
     def initial(self, scheme: Literal["module", "kaiming", "glorot"], streams: Streams) -> Params:
         """Return the start of a federation.
