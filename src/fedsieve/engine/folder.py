@@ -25,6 +25,7 @@ import xxhash
 
 from fedsieve import files
 from fedsieve.data.batches import Federation
+from fedsieve.data.partition import Parts
 from fedsieve.engine.freeze import freeze, thaw
 from fedsieve.errors import DataError, UsageError
 from fedsieve.params import Layout, Masks, Params
@@ -121,7 +122,7 @@ def identity(config: Mapping[str, Any], data: Federation | None = None, start: P
     digest = xxhash.xxh3_128(json.dumps(sections, sort_keys=True, default=str).encode())
     if data is not None:
         tensors = (data.train.x, data.train.y, data.test.x, data.test.y)
-        arrays = [tensor.numpy() for tensor in tensors] + [*data.parts, *data.shares]
+        arrays = [tensor.numpy() for tensor in tensors] + [Parts.of(data.parts).flat, Parts.of(data.shares).flat]
         for array in arrays:
             digest.update(np.ascontiguousarray(array).data)
     if start is not None:

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from fedsieve.data.partition import Parts
 from fedsieve.engine.arena import Arena, SharedTensor
 from fedsieve.engine.handle import Device, Plan, handle
 from fedsieve.errors import Diverged, FedsieveError
@@ -308,11 +309,14 @@ class _OneThreadEach:
 
 
 def _shared(plan: Plan) -> dict[str, SharedTensor]:
-    """Put a plan into memory that all workers share: the examples as they are, all else pickled."""
+    """Put a plan into memory that all workers share: the examples and who holds which as they are, all else pickled."""
     data = plan.federation
     tensors = {"x": data.train.x, "y": data.train.y, "test_x": data.test.x, "test_y": data.test.y}
+    for name, parts in (("parts", Parts.of(data.parts)), ("shares", Parts.of(data.shares))):
+        tensors |= {name: torch.from_numpy(parts.flat), f"{name}_bounds": torch.from_numpy(parts.bounds)}
     empty = torch.empty(0)
-    bare = replace(data, train=replace(data.train, x=empty, y=empty), test=replace(data.test, x=empty, y=empty))
+    train, test = replace(data.train, x=empty, y=empty), replace(data.test, x=empty, y=empty)
+    bare = replace(data, train=train, test=test, parts=(), shares=())
     rest = torch.frombuffer(bytearray(pickle.dumps(replace(plan, federation=bare))), dtype=torch.uint8)
     return {name: SharedTensor(tensor) for name, tensor in (tensors | {"rest": rest}).items()}
 
@@ -322,7 +326,10 @@ def _whole(shared: Mapping[str, SharedTensor]) -> Plan:
     data = plan.federation
     train = replace(data.train, x=shared["x"].tensor(), y=shared["y"].tensor())
     test = replace(data.test, x=shared["test_x"].tensor(), y=shared["test_y"].tensor())
-    return replace(plan, federation=replace(data, train=train, test=test))
+    parts, shares = (
+        Parts(shared[name].tensor().numpy(), shared[f"{name}_bounds"].tensor().numpy()) for name in ("parts", "shares")
+    )
+    return replace(plan, federation=replace(data, train=train, test=test, parts=parts, shares=shares))
 
 
 def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots: Arena, parent_pid: int) -> None:
