@@ -30,6 +30,7 @@ bench: setup
 	$(BIN)/python -m fedsieve.bench.codec
 	$(BIN)/python -m fedsieve.bench.rounds
 	$(BIN)/python -m fedsieve.bench.memory
+	$(BIN)/python -m fedsieve.bench.scale
 
 bench-check: setup
 	$(BIN)/python -m fedsieve.bench.history

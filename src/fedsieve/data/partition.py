@@ -207,7 +207,8 @@ def _natural(settings: Data, streams: Streams, owners: Indices | None) -> Parts:
         known = ", ".join(entry.name for entry in CATALOGUE if entry.natural)
         raise DataError(
             f"data.partition = natural: the data set {settings.name!r} has no client ids.\nSets that have them: {known};"
-            " in npz:PATH the array client_train.\nOr choose another data.partition: iid, dirichlet, shards, classes, quantity, sample."
+            " in npz:PATH the array client_train.\nOr choose another data.partition: iid, dirichlet, shards, classes, quantity,"
+            " sample."
         )
     ids, counts = np.unique(owners, return_counts=True)
     eligible = ids[counts >= settings.min_examples]

@@ -1,9 +1,9 @@
 """What simulated clients keep between their rounds: on disk, so that memory does not grow with the clients that took part.
 
-One SQLite file holds a row for each client and round in which it kept something. A checkpoint of round r means the newest row of
-each client up to r. Rows of later rounds are dropped when a run is resumed from there, and a row is only dropped for a newer one
-once the checkpoint that means the newer one is on disk. So it does not matter when a run is killed: what was not committed, SQLite
-itself takes back when the file is next opened, from the journal that lies beside it.
+One SQLite file holds a row for each client and round in which it kept something. A checkpoint of round r means the newest row
+of each client up to r. Rows of later rounds are dropped when a run is resumed from there, and a row that the checkpoint on disk
+means is not dropped before the next checkpoint is there. So it does not matter when a run is killed: what was not committed,
+SQLite takes back when the file is next opened, from the journal that lies beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ SCHEMA = f"""
 PRAGMA page_size = {2**16};
 PRAGMA cache_size = {-CACHE // 2**10};
 PRAGMA locking_mode = EXCLUSIVE;
-CREATE TABLE IF NOT EXISTS states (client INTEGER NOT NULL, round INTEGER NOT NULL, state BLOB NOT NULL, UNIQUE (client, round));
+PRAGMA secure_delete = OFF;
+CREATE TABLE IF NOT EXISTS states (
+    client INTEGER NOT NULL, round INTEGER NOT NULL, state BLOB NOT NULL, UNIQUE (client, round)
+);
 CREATE INDEX IF NOT EXISTS by_round ON states (round);
 """
 
