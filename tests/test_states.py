@@ -45,7 +45,7 @@ def test_a_crash_at_any_moment_goes_back_to_the_checkpoint(tmp_path_factory, pla
     """The checkpoint is a round, a number of clients and, here, what they should hold; all else is in the file."""
     folder = tmp_path_factory.mktemp("states")
     path = folder / "0" / "clients.sqlite"
-    states, saved, round, held, number = ClientStates(path), (0, 0, {}), 0, {}, 0
+    states, saved, round, held, number = ClientStates(path), (0, (0, 0), {}), 0, {}, 0
     for place, (puts, then) in enumerate((play["puts"], play["then"]) for play in plays):
         states.round, before = round + 1, dict(held)
         puts = numbered(puts, place)
@@ -87,7 +87,7 @@ def test_the_file_holds_a_few_versions_of_a_client_at_most_and_memory_none(tmp_p
         for client in range(clients):
             states.put(client, state)
         if round % 5 == 0:
-            assert states.commit(round) == clients
+            assert states.commit(round) == (clients, clients * round)
             states.saved(round)
         states.prune(round)
     states.close()
@@ -157,6 +157,19 @@ def test_states_that_are_not_those_of_the_checkpoint_are_refused(small, digits, 
     with pytest.raises(DataError, match=said) as refused:
         resume()
     assert str(refused.value).count("\n") < 8
+
+
+def test_states_of_another_moment_are_refused_and_left_as_they_are(small, digits, tmp_path):
+    resume, checkpoint = interrupted(small, digits, tmp_path / "run"), tmp_path / "run" / "checkpoint"
+    shutil.copytree(checkpoint, tmp_path / "earlier")
+    resume()
+    shutil.copy(tmp_path / "earlier" / "latest.safetensors", checkpoint)
+    before = (checkpoint / "clients.sqlite").read_bytes()
+    with pytest.raises(DataError, match="not of one moment"):
+        resume()
+    assert (checkpoint / "clients.sqlite").read_bytes() == before
+    shutil.copy(tmp_path / "earlier" / "clients.sqlite", checkpoint)
+    resume()
 
 
 def test_a_checkpoint_of_another_format_is_refused(small, digits, tmp_path, monkeypatch):

@@ -81,14 +81,14 @@ class RunFolder:
             UsageError: the checkpoint belongs to another config, model or data.
             DataError: the checkpoint, or the states that it needs, cannot be read.
         """
-        progress, clients = None, 0
+        progress, standing = None, (0, 0)
         if self._checkpoint.exists():
             try:
                 saved = thaw(self._checkpoint.read_bytes(), layout, module)
                 if (written := saved.get("format", 1)) != FORMAT:
                     raise ValueError(f"its format is {written}, this version of fedsieve reads {FORMAT}")
                 if saved["identity"] == self._identity:
-                    progress, clients = Progress(**thaw(saved["progress"], layout, module)), saved["clients"]
+                    progress, standing = Progress(**thaw(saved["progress"], layout, module)), saved["clients"]
             except Exception as error:
                 raise DataError(f"{self._checkpoint} cannot be read: {error}. Start the run anew in another folder.") from None
             if progress is None:
@@ -96,7 +96,7 @@ class RunFolder:
                     f"{self._checkpoint} belongs to another config, model or data than {self.path / 'config.toml'}.\n"
                     "Put the config back as it was, or start a new run in another folder."
                 )
-        self.states.restore(progress.round if progress else 0, clients)
+        self.states.restore(progress.round if progress else 0, standing)
         rows = progress.rows if progress else []
         files.replace(self.path / "records.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return progress

@@ -29,6 +29,11 @@ CREATE TABLE IF NOT EXISTS states (
 CREATE INDEX IF NOT EXISTS by_round ON states (round);
 """
 
+STANDING = """
+SELECT count(*), coalesce(sum(newest), 0)
+FROM (SELECT max(round) AS newest FROM states WHERE round <= ? GROUP BY client)
+"""
+
 PRUNE = """
 DELETE FROM states WHERE rowid IN (
     SELECT old.rowid FROM states AS new CROSS JOIN states AS old ON old.client = new.client AND old.round < new.round
@@ -69,19 +74,22 @@ class ClientStates:
         with self._told():
             self._open().execute("INSERT OR REPLACE INTO states VALUES (?, ?, ?)", (client, self.round, state))
 
-    def commit(self, round: int) -> int:
-        """Forget what was put after a round and have the rest on disk; return how many clients have a state.
+    def commit(self, round: int) -> tuple[int, int]:
+        """Forget what was put after a round and have the rest on disk.
 
         Cost: in proportion to the states put since the last call, but for one pass over the index, 16 bytes a client.
+
+        Returns:
+            Number of clients that have a state, and the sum of the rounds of these states: both stand in the checkpoint.
         """
         if self._connection is None:
-            return 0
+            return 0, 0
+        standing = self._standing(round)
         with self._told():
             self._connection.execute("DELETE FROM states WHERE round > ?", (round,))
-            ((clients,),) = self._connection.execute("SELECT count(DISTINCT client) FROM states")
             self._connection.execute("COMMIT")
             self._connection.execute("BEGIN")
-        return int(clients)
+        return standing
 
     def prune(self, round: int) -> None:
         """Drop what this round, now complete, has replaced, but for what the checkpoint on disk means."""
@@ -92,23 +100,28 @@ class ClientStates:
         self._prune(since=self._saved, after=-1)
         self._saved = round
 
-    def restore(self, round: int, clients: int) -> None:
-        """Go back to the states that a checkpoint of this round means, which are those of so many clients.
+    def restore(self, round: int, standing: tuple[int, int]) -> None:
+        """Go back to the states that a checkpoint of this round means, for which `commit` returned these numbers.
 
         Raises:
-            DataError: the file is not there, damaged, or not the one of the checkpoint.
+            DataError: the file is not there, damaged, or not the one of the checkpoint; it is left as it is.
         """
-        if self._path is None or not (clients or self._path.exists()):
+        if self._path is None or not (standing[0] or self._path.exists()):
             return
         if not self._path.exists():
             raise DataError(f"{self._path} is not there: the checkpoint needs it. Put it back, or start the run anew.")
-        self._open()
-        if (found := self.commit(round)) != clients:
-            raise DataError(
-                f"{self._path} holds states of {found} clients up to round {round}, the checkpoint beside it means {clients}:\n"
-                "they are not of one run. Put the right file back, or start the run anew in another folder."
-            )
-        self.saved(round)
+        try:
+            if (found := self._standing(round)) != standing:
+                raise DataError(
+                    f"{self._path} holds states of {found[0]} clients up to round {round}, of rounds that add up to {found[1]};"
+                    f"\nthe checkpoint beside it means {standing[0]} clients and {standing[1]}: the two are not of one moment.\n"
+                    "Put the right file back, or start the run anew in another folder."
+                )
+            self.commit(round)
+            self.saved(round)
+        except DataError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the file as it is: a checkpoint tells which rows count."""
@@ -127,6 +140,12 @@ class ClientStates:
                 self._connection.executescript(SCHEMA)
                 self._connection.execute("BEGIN")
         return self._connection
+
+    def _standing(self, round: int) -> tuple[int, int]:
+        """Count the clients that have a state up to a round, and add up the rounds of their newest ones."""
+        with self._told():
+            clients, rounds = self._open().execute(STANDING, (round,)).fetchone()
+        return clients, rounds
 
     def _prune(self, **rounds: int) -> None:
         """Drop rows after a round that have a newer one since another."""
