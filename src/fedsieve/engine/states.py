@@ -114,7 +114,7 @@ class ClientStates:
             if (found := self._standing(round)) != standing:
                 raise DataError(
                     f"{self._path} holds states of {found[0]} clients up to round {round}, of rounds that add up to {found[1]};"
-                    f"\nthe checkpoint beside it means {standing[0]} clients and {standing[1]}: the two are not of one moment.\n"
+                    f"\nthe checkpoint beside it means {standing[0]} clients and {standing[1]}: they are not of one moment.\n"
                     "Put the right file back, or start the run anew in another folder."
                 )
             self.commit(round)
