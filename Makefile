@@ -31,6 +31,7 @@ bench: setup
 	$(BIN)/python -m fedsieve.bench.kernels
 	$(BIN)/python -m fedsieve.bench.rounds
 	$(BIN)/python -m fedsieve.bench.memory
+	$(BIN)/python -m fedsieve.bench.scale
 
 # Options: make bench-peers ARGS='--jobs J2 --repetitions 1'
 bench-peers: setup

@@ -620,7 +620,8 @@ def test_federation_counts(digits):
     assert len(federation.train) == 1437
     again = federate(digits, settings, Streams(1))
     assert all(
-        np.array_equal(a, b) for a, b in zip(federation.parts + federation.shares, again.parts + again.shares, strict=True)
+        np.array_equal(a, b)
+        for a, b in zip([*federation.parts, *federation.shares], [*again.parts, *again.shares], strict=True)
     )
 
 

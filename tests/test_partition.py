@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import comb
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -227,3 +229,73 @@ def test_shares_of_owners():
     y = np.zeros(5, dtype=np.int64)
     shares = splits.test_shares(y, y[:4], parts, Streams(0), owners_train=owners_train, owners_test=owners_test)
     assert [share.tolist() for share in shares] == [[0, 4], [2]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 30), st.data(), seeds)
+def test_sampled_clients_hold_as_many_as_asked_and_none_twice(population, clients, data, seed):
+    each = data.draw(st.integers(1, population))
+    parts = partition(np.zeros(population, dtype=np.int64), sampled(clients, each), Streams(seed))
+    assert len(parts) == clients
+    for part in parts:
+        assert len(part) == each
+        assert np.all(np.diff(part) > 0)
+        assert 0 <= part[0] <= part[-1] < population
+    again = partition(np.zeros(population, dtype=np.int64), sampled(clients, each), Streams(seed))
+    assert np.array_equal(parts.flat, again.flat)
+
+
+def sampled(clients, examples, **others):
+    return Data(partition="sample", clients=clients, examples=examples, **others)
+
+
+@pytest.mark.parametrize("each", [1, 3, 4, 6])
+def test_every_set_is_sampled_alike(each):
+    """Of 7 examples: each of the sets of this size comes with its share, within 5 standard deviations."""
+    clients = 20_000
+    parts = partition(np.zeros(7, dtype=np.int64), sampled(clients, each), Streams(1))
+    number = comb(7, each)
+    _, found = np.unique(parts.flat.reshape(clients, each), axis=0, return_counts=True)
+    assert len(found) == number
+    mean = clients / number
+    assert np.abs(found - mean).max() < 5 * np.sqrt(mean)
+
+
+def test_sampled_clients_are_independent_and_many():
+    parts = partition(TEN, sampled(20_000, 60), Streams(0))
+    held = np.zeros((2, 1000), dtype=bool)
+    held[0, parts[0]] = held[1, parts[1]] = True
+    assert 0 < np.count_nonzero(held.all(axis=0)) < 20
+    counts = np.bincount(parts.flat, minlength=1000)
+    assert np.abs(counts - 1200).max() < 5 * np.sqrt(1200)
+    assert np.array_equal(parts.histogram(TEN, 10)[19_999], np.bincount(TEN[parts[19_999]], minlength=10))
+    other = partition(TEN, sampled(20_000, 60), Streams(1))
+    assert not np.array_equal(parts.flat, other.flat)
+
+
+@pytest.mark.parametrize("data", [sampled(2, 1001), sampled(2, 3, min_examples=4)])
+def test_a_sample_that_cannot_be_is_refused(data):
+    with pytest.raises(DataError, match=r"data\.examples = (1001|3), allowed: from data\.min_examples = (1|4) to the 1000"):
+        partition(TEN, data, Streams(0))
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=5).map(lambda held: np.array(held, dtype=np.int64)), max_size=6))
+def test_parts_are_the_arrays_they_were_made_of(arrays):
+    parts = splits.Parts.of(arrays)
+    assert splits.Parts.of(parts) is parts
+    assert len(parts) == len(arrays)
+    assert [part.tolist() for part in parts] == [array.tolist() for array in arrays]
+    assert [part.tolist() for part in parts[1:]] == [array.tolist() for array in arrays[1:]]
+    assert parts.sizes.tolist() == list(map(len, arrays))
+    with pytest.raises(IndexError):
+        parts[len(arrays)]
+    labels = np.arange(10) % 3
+    assert parts.histogram(labels, 3).tolist() == [np.bincount(labels[array], minlength=3).tolist() for array in arrays]
+
+
+def test_a_hundred_thousand_natural_clients_are_found():
+    owners = Streams(0)("owners").permutation(300_000) % 100_000
+    parts = partition(np.zeros(300_000, dtype=np.int64), Data(partition="natural", clients=100_000), Streams(0), owners)
+    assert (parts.sizes == 3).all()
+    for client in (0, 1, 54_321, 99_999):
+        assert parts[client].tolist() == np.flatnonzero(owners == client).tolist()

@@ -15,6 +15,7 @@ _PARTITIONS = {
     "shards": ("label-sorted data in equal slices, dealt at random", "per_client"),
     "classes": ("each client holds a fixed number of classes", "per_client"),
     "quantity": ("sizes drawn from a Dirichlet distribution, labels shuffled", "alpha"),
+    "sample": ("each client draws its own, which others may hold too", "examples"),
     "natural": ("by the data's own client ids",),
 }
 

@@ -117,7 +117,7 @@ def _unknown(key: str, keys: Iterable[str]) -> str:
     return f"{key} is no setting.{nearest(key, keys)}"
 
 
-Partition = Literal["iid", "dirichlet", "shards", "classes", "quantity", "natural"]
+Partition = Literal["iid", "dirichlet", "shards", "classes", "quantity", "sample", "natural"]
 
 
 @settings
@@ -132,11 +132,14 @@ class Data:
     """number of clients, >= 1 (a natural partition brings its own number: there it is the most to use)"""
     partition: Partition = "iid"
     """how examples are shared out: iid, dirichlet (label skew `alpha`), shards (`per_client` slices of label-sorted data),
-    classes (`per_client` classes each), quantity (sizes skewed by `alpha`), natural (by the data's own client ids)"""
+    classes (`per_client` classes each), quantity (sizes skewed by `alpha`), sample (each client draws `examples` of its own,
+    which others may hold too: for more clients than the examples suffice for), natural (by the data's own client ids)"""
     alpha: Positive = 0.3
     """concentration of the dirichlet and quantity partitions, > 0: the smaller, the more uneven"""
     per_client: Count = 2
     """classes or shards that each client holds, >= 1 (partitions classes and shards)"""
+    examples: Count = 60
+    """training examples that each client draws, >= 1 (partition sample)"""
     min_examples: Count = 1
     """fewest training examples that a client may hold, >= 1; a split that cannot honour it is refused"""
     train_limit: CountOrZero = 0

@@ -48,8 +48,8 @@ class State:
     params: Params
     removed: Tensor
     """round in which each maskable weight was removed, 0 while it is kept; int32 of shape (layout.maskable,)"""
-    held: Mapping[int, int]
-    """client -> the round whose mask it holds"""
+    held: Tensor
+    """round whose mask each client holds, 0 for none; int32 of shape (clients,)"""
     round: int
     rounds: int
     streams: Streams
@@ -109,11 +109,12 @@ class FedSparsify:
         if not job.layout.maskable:
             raise UsageError("the model has no maskable weight: see model.maskable and model.dense.")
         removed = torch.zeros(job.layout.maskable, dtype=torch.int32)
-        return State(job.start, removed, held={}, round=0, rounds=job.rounds, streams=job.streams)
+        held = torch.zeros(job.clients, dtype=torch.int32)
+        return State(job.start, removed, held, round=0, rounds=job.rounds, streams=job.streams)
 
     def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:
         """Send the kept weights, and the mask against the one that each client holds."""
-        masks = state.masks
+        masks, bases = state.masks, state.held[torch.tensor(cohort)].tolist()
         weights = values(state.params, masks)
         messages = {
             base: Message(
@@ -126,9 +127,9 @@ class FedSparsify:
                     "weights": weights,
                 },
             )
-            for base in {state.held.get(client, 0) for client in cohort}
+            for base in set(bases)
         }
-        return {client: messages[state.held.get(client, 0)] for client in cohort}
+        return {client: messages[base] for client, base in zip(cohort, bases, strict=True)}
 
     def client_update(self, request: Message, client: Client, mine: Mine | None) -> tuple[Message, Mine]:
         """Train under the mask; variant local then purges and sends its own mask too."""
@@ -165,7 +166,7 @@ class FedSparsify:
     def aggregate(self, state: State, replies: Iterable[tuple[int, tuple[Params, Masks, float]]]) -> State:
         """Merge, then purge (variant global) or count the votes (variant local)."""
         masks, round = state.masks, state.round + 1
-        mean, votes, held = WeightedMean(state.params.layout), Votes(state.params.layout), dict(state.held)
+        mean, votes, held = WeightedMean(state.params.layout), Votes(state.params.layout), state.held.clone()
         for client, (params, own, share) in replies:
             mean.add(params, share)  # zeros of those who purged are averaged in, as published
             votes.add(own)

@@ -7,7 +7,7 @@ memory (the shape stays (N, C, H, W)): that is what convolutions on a CPU are fa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsieve.data.datasets import Dataset
-from fedsieve.data.partition import partition, test_shares
+from fedsieve.data.partition import Parts, partition, sample, test_shares
 from fedsieve.errors import DataError, UsageError
 from fedsieve.settings import Data
 from fedsieve.streams import Stream, Streams
@@ -97,9 +97,9 @@ class Federation:
     classes: int
     train: Examples
     test: Examples
-    parts: tuple[NDArray[np.int64], ...]
+    parts: Sequence[NDArray[np.int64]]
     """training examples of each client"""
-    shares: tuple[NDArray[np.int64], ...]
+    shares: Sequence[NDArray[np.int64]]
     """test examples of each client"""
     natural: bool
     """the clients are the data's own"""
@@ -134,9 +134,8 @@ class Federation:
     def histogram(self) -> NDArray[np.int64]:
         """Count training examples by client and class, shape (clients, classes); by client, (clients, 1), for token data."""
         if self.train.y.dim() > 1:
-            return np.array([[len(part)] for part in self.parts], dtype=np.int64)
-        labels = self.train.y.cpu().numpy()
-        return np.stack([np.bincount(labels[part], minlength=self.classes) for part in self.parts]).astype(np.int64)
+            return Parts.of(self.parts).sizes[:, None]
+        return Parts.of(self.parts).histogram(self.train.y.cpu().numpy(), self.classes)
 
 
 def federate(dataset: Dataset, settings: Data, streams: Streams) -> Federation:
@@ -157,14 +156,18 @@ def federate(dataset: Dataset, settings: Data, streams: Streams) -> Federation:
     if sequences and settings.partition in ("dirichlet", "shards", "classes"):
         raise DataError(
             f"data.partition = {settings.partition} needs one label an example; {dataset.name} has"
-            f" {dataset.y_train.shape[1]} (one a symbol).\nUse data.partition = natural, iid or quantity."
+            f" {dataset.y_train.shape[1]} (one a symbol).\nUse data.partition = natural, iid, quantity or sample."
         )
     natural = settings.partition == "natural"
     owners_train = dataset.owner_train if natural else None
     owners_test = dataset.owner_test if natural else None
     labels, test_labels = _labels(dataset.y_train), _labels(dataset.y_test)
     parts = partition(labels, settings, streams, owners_train)
-    shares = test_shares(test_labels, labels, parts, streams, owners_train=owners_train, owners_test=owners_test)
+    if settings.partition == "sample":
+        each = max(1, round(settings.examples * len(test_labels) / len(labels)))
+        shares = sample(len(test_labels), settings.clients, each, streams("partition/shares"))
+    else:
+        shares = test_shares(test_labels, labels, parts, streams, owners_train=owners_train, owners_test=owners_test)
     x_train, x_test = dataset.x_train, dataset.x_test
     if images:
         x_train = x_train.contiguous(memory_format=torch.channels_last)

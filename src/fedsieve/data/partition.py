@@ -1,11 +1,15 @@
 """Who holds which examples: label skew, size skew, or the data's own clients.
 
-A partition is a tuple of ascending index arrays, one a client; every index is in exactly one of them (a natural partition
-that takes only some owners leaves the others' examples out). All draws come from streams named `partition/...` of the run's
-seed, so the same settings and seed give the same split.
+A partition is a sequence of ascending index arrays, one a client; every index is in exactly one of them (a natural partition
+that takes only some owners leaves the others' examples out; in a sample, several clients may hold the same example). All draws
+come from streams named `partition/...` of the run's seed, so the same settings and seed give the same split.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +25,59 @@ DRAWS = 100
 """how often a dirichlet partition is drawn before it is refused"""
 
 
-def partition(labels: Indices, settings: Data, streams: Streams, owners: Indices | None = None) -> tuple[Indices, ...]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts(Sequence[Indices]):
+    """Positions of each client, held as one array: 100,000 small ones would take seconds to make, pickle and hash."""
+
+    flat: Indices
+    """the positions of client 0, then those of client 1, ..."""
+    bounds: Indices
+    """where those of each client begin, and the end, shape (clients + 1,)"""
+
+    @classmethod
+    def of(cls, arrays: Sequence[Indices]) -> Parts:
+        """Join arrays; parts are returned as they are."""
+        if isinstance(arrays, cls):
+            return arrays
+        bounds = np.cumsum([0, *map(len, arrays)])
+        return cls(np.concatenate([*arrays, np.arange(0)]), bounds)
+
+    @classmethod
+    def by_owner(cls, owners: Indices, positions: Indices, clients: int) -> Parts:
+        """Give each position to its owner in [0, clients), both of shape (n,)."""
+        order = np.lexsort((positions, owners))
+        return cls(positions[order], np.searchsorted(owners[order], np.arange(clients + 1)))
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @overload
+    def __getitem__(self, client: int) -> Indices: ...
+    @overload
+    def __getitem__(self, client: slice) -> Sequence[Indices]: ...
+    def __getitem__(self, client: int | slice) -> Indices | Sequence[Indices]:
+        clients = range(len(self))[client]
+        if isinstance(clients, range):
+            return [self[each] for each in clients]
+        return self.flat[self.bounds[clients] : self.bounds[clients + 1]]
+
+    @property
+    def sizes(self) -> Indices:
+        """Number of positions of each client, shape (clients,)."""
+        return np.diff(self.bounds)
+
+    def histogram(self, labels: Indices, classes: int) -> Indices:
+        """Count by client and label, shape (clients, classes)."""
+        cells = np.repeat(np.arange(len(self)) * classes, self.sizes) + labels[self.flat]
+        return np.bincount(cells, minlength=len(self) * classes).reshape(len(self), classes)
+
+
+def partition(labels: Indices, settings: Data, streams: Streams, owners: Indices | None = None) -> Parts:
     """Share out the training examples among the clients.
 
     Args:
         labels: class of each example, shape (N,).
-        settings: partition, clients, alpha, per_client and min_examples are used.
+        settings: partition, clients, alpha, per_client, examples and min_examples are used.
         streams: of the run's seed; purposes begin with `partition`.
         owners: the data's own client ids, shape (N,), for the natural partition.
 
@@ -38,6 +89,8 @@ def partition(labels: Indices, settings: Data, streams: Streams, owners: Indices
     """
     if settings.partition == "natural":
         return _natural(settings, streams, owners)
+    if settings.partition == "sample":
+        return _sample(len(labels), settings, streams)
     clients, need = settings.clients, settings.clients * settings.min_examples
     if need > len(labels):
         raise DataError(
@@ -61,12 +114,12 @@ def partition(labels: Indices, settings: Data, streams: Streams, owners: Indices
 def test_shares(
     test_labels: Indices,
     train_labels: Indices,
-    train_parts: tuple[Indices, ...],
+    train_parts: Sequence[Indices],
     streams: Streams,
     *,
     owners_train: Indices | None = None,  # noqa: PT028 (no test)
     owners_test: Indices | None = None,  # noqa: PT028
-) -> tuple[Indices, ...]:
+) -> Parts:
     """Give each client its own test examples, distributed as its training examples are.
 
     With owners, a client gets the test examples of its owner. Without, the test examples of each class are shared out in
@@ -74,11 +127,11 @@ def test_shares(
     every test index is in exactly one share. Test examples that no client stands for are left out: those of a class that no
     client holds, or of an owner that is no client. A client may end with none.
     """
+    parts = Parts.of(train_parts)
     if owners_train is not None and owners_test is not None:
-        return tuple(np.flatnonzero(owners_test == owners_train[part[0]]) for part in train_parts)
-    classes = 1 + max(test_labels.max(), train_labels.max())
-    histogram = np.stack([np.bincount(train_labels[part], minlength=classes) for part in train_parts])
-    owned: list[list[Indices]] = [[] for _ in train_parts]
+        return _of_owners(owners_test, owners_train[parts.flat[parts.bounds[:-1]]])
+    histogram = parts.histogram(train_labels, 1 + max(test_labels.max(), train_labels.max()))
+    owners, owned = [np.arange(0)], [np.arange(0)]
     for label in np.unique(test_labels):
         held = histogram[:, label]
         if not held.any():
@@ -87,28 +140,75 @@ def test_shares(
         positions = np.flatnonzero(test_labels == label)
         positions = positions[stream.permutation(len(positions))]
         numbers = _apportion(held, len(positions), stream.permutation(len(held)))
-        for mine, some in zip(owned, np.split(positions, np.cumsum(numbers)[:-1]), strict=True):
-            mine.append(some)
-    return tuple(np.sort(np.concatenate(mine)) if mine else np.arange(0) for mine in owned)
+        owners.append(np.repeat(np.arange(len(held)), numbers))
+        owned.append(positions)
+    return Parts.by_owner(np.concatenate(owners), np.concatenate(owned), len(parts))
 
 
-def _accepted(parts: list[Indices], settings: Data) -> tuple[Indices, ...]:
+def sample(population: int, clients: int, each: int, stream: Stream) -> Parts:
+    """Draw `each` of range(population) without replacement for each client, independently of the other clients.
+
+    Every set of that size is equally likely, but for a bias below population / 2**32: positions that a client drew twice are
+    drawn anew until there are none, and where more than half is to be drawn, what is left out is drawn instead.
+    """
+    number = min(each, population - each)
+
+    def draw(n: int) -> Indices:
+        return ((stream.words(n) >> np.uint64(32)) * np.uint64(population) >> np.uint64(32)).astype(np.int64)
+
+    drawn = np.sort(draw(clients * number).reshape(clients, number))
+    left = np.arange(clients)
+    while len(left):
+        rows = drawn[left]
+        twice = np.zeros(rows.shape, dtype=bool)
+        twice[:, 1:] = rows[:, 1:] == rows[:, :-1]
+        again = twice.any(axis=1)
+        left, rows, twice = left[again], rows[again], twice[again]
+        rows[twice] = draw(int(np.count_nonzero(twice)))
+        drawn[left] = np.sort(rows)
+    if number < each:
+        kept = np.ones((clients, population), dtype=bool)
+        np.put_along_axis(kept, drawn, False, axis=1)
+        drawn = np.nonzero(kept)[1]
+    return Parts(drawn.reshape(-1), each * np.arange(clients + 1))
+
+
+def _accepted(parts: list[Indices], settings: Data) -> Parts:
     smallest = min(len(part) for part in parts)
     if smallest < settings.min_examples:
         raise DataError(
             f"partition {settings.partition}: the smallest client has {smallest} training examples, data.min_examples is"
             f" {settings.min_examples}.\nLower data.min_examples, data.clients or data.per_client."
         )
-    return tuple(np.sort(part) for part in parts)
+    return Parts.of([np.sort(part) for part in parts])
 
 
-def _natural(settings: Data, streams: Streams, owners: Indices | None) -> tuple[Indices, ...]:
+def _sample(examples: int, settings: Data, streams: Streams) -> Parts:
+    """Let each client draw data.examples training examples."""
+    if not settings.min_examples <= settings.examples <= examples:
+        raise DataError(
+            f"partition sample: data.examples = {settings.examples}, allowed: from data.min_examples = {settings.min_examples}"
+            f" to the {examples} training examples."
+        )
+    return sample(examples, settings.clients, settings.examples, streams("partition"))
+
+
+def _of_owners(owners: Indices, chosen: Indices) -> Parts:
+    """Make a client of each chosen owner: the positions at which it stands in `owners`. No owner is chosen twice."""
+    order = np.argsort(chosen)
+    place = np.minimum(np.searchsorted(chosen[order], owners), len(chosen) - 1)
+    held = np.flatnonzero(chosen[order][place] == owners)
+    return Parts.by_owner(order[place[held]], held, len(chosen))
+
+
+def _natural(settings: Data, streams: Streams, owners: Indices | None) -> Parts:
     """Make a client of each owner with min_examples or more, by ascending id; draw among them where they are too many."""
     if owners is None:
         known = ", ".join(entry.name for entry in CATALOGUE if entry.natural)
         raise DataError(
             f"data.partition = natural: the data set {settings.name!r} has no client ids.\nSets that have them: {known};"
-            " in npz:PATH the array client_train.\nOr choose another data.partition: iid, dirichlet, shards, classes, quantity."
+            " in npz:PATH the array client_train.\nOr choose another data.partition: iid, dirichlet, shards, classes, quantity,"
+            " sample."
         )
     ids, counts = np.unique(owners, return_counts=True)
     eligible = ids[counts >= settings.min_examples]
@@ -119,10 +219,10 @@ def _natural(settings: Data, streams: Streams, owners: Indices | None) -> tuple[
         )
     if settings.clients < len(eligible):
         eligible = eligible[streams("partition").choice(len(eligible), settings.clients)]
-    return tuple(np.flatnonzero(owners == owner) for owner in eligible)
+    return _of_owners(owners, eligible)
 
 
-def _dirichlet(labels: Indices, settings: Data, streams: Streams) -> tuple[Indices, ...]:
+def _dirichlet(labels: Indices, settings: Data, streams: Streams) -> Parts:
     """Share out each class among the clients in proportions drawn from Dirichlet(alpha), anew until min_examples is honoured.
 
     As Yurochkin et al. 2019 (arXiv:1905.12022, sec. 4): one draw over the clients for each class.
@@ -141,7 +241,7 @@ def _dirichlet(labels: Indices, settings: Data, streams: Streams) -> tuple[Indic
         parts = [np.sort(np.concatenate(mine)) for mine in owned]
         smallest = min(len(part) for part in parts)
         if smallest >= settings.min_examples:
-            return tuple(parts)
+            return Parts.of(parts)
         best = max(best, smallest)
     raise DataError(
         f"partition dirichlet with data.alpha = {settings.alpha} and {settings.clients} clients: in {DRAWS} draws the smallest"

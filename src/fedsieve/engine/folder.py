@@ -2,7 +2,7 @@
 
 config.toml         the resolved settings       records.jsonl   a row a round
 partition.json      who holds what              summary.json    the end result
-model.safetensors   the final model             checkpoint/     the last complete round
+model.safetensors   the final model             checkpoint/     the last round saved, and what clients keep
 """
 
 from __future__ import annotations
@@ -25,27 +25,32 @@ import xxhash
 
 from fedsieve import files
 from fedsieve.data.batches import Federation
+from fedsieve.data.partition import Parts
 from fedsieve.engine.freeze import freeze, thaw
+from fedsieve.engine.states import ClientStates
 from fedsieve.errors import DataError, UsageError
 from fedsieve.params import Layout, Masks, Params
+
+FORMAT = 2
+"""of checkpoints; another one is refused"""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """All that the rounds so far have left: enough to go on as if nothing had happened."""
+    """What the rounds so far have left: with the clients' states of that round, enough to go on as if nothing had happened."""
 
     round: int
     state: Any
     rows: Sequence[dict[str, Any]]
-    clients: Mapping[int, bytes]
 
 
 class RunFolder:
-    """Writes one run. Every file but the growing `records.jsonl` is replaced whole."""
+    """Writes one run. Every file is replaced whole but the growing `records.jsonl`, and the clients' states, a database."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self._identity = path, identity
         self._checkpoint = path / "checkpoint" / "latest.safetensors"
+        self.states = ClientStates(path / "checkpoint" / "clients.sqlite")
 
     @classmethod
     def open(cls, path: Path, identity: str, *, resume: bool) -> RunFolder:
@@ -70,18 +75,20 @@ class RunFolder:
         files.replace(self.path / "partition.json", json.dumps(partition))
 
     def restore(self, layout: Layout, module: str) -> Progress | None:
-        """Return the last checkpoint, or None before the first one; rows after it are dropped from records.jsonl.
+        """Return the last checkpoint, or None before the first one; what came after it is dropped from records and states.
 
         Raises:
             UsageError: the checkpoint belongs to another config, model or data.
-            DataError: the checkpoint cannot be read.
+            DataError: the checkpoint, or the states that it needs, cannot be read.
         """
-        progress = None
+        progress, standing = None, (0, 0)
         if self._checkpoint.exists():
             try:
                 saved = thaw(self._checkpoint.read_bytes(), layout, module)
+                if (written := saved.get("format", 1)) != FORMAT:
+                    raise ValueError(f"its format is {written}, this version of fedsieve reads {FORMAT}")
                 if saved["identity"] == self._identity:
-                    progress = Progress(**thaw(saved["progress"], layout, module))
+                    progress, standing = Progress(**thaw(saved["progress"], layout, module)), saved["clients"]
             except Exception as error:
                 raise DataError(f"{self._checkpoint} cannot be read: {error}. Start the run anew in another folder.") from None
             if progress is None:
@@ -89,6 +96,7 @@ class RunFolder:
                     f"{self._checkpoint} belongs to another config, model or data than {self.path / 'config.toml'}.\n"
                     "Put the config back as it was, or start a new run in another folder."
                 )
+        self.states.restore(progress.round if progress else 0, standing)
         rows = progress.rows if progress else []
         files.replace(self.path / "records.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return progress
@@ -99,10 +107,13 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def save(self, progress: Progress) -> None:
-        """Replace the checkpoint."""
+        """Replace the checkpoint, once the clients' states that it means are on disk."""
         content = freeze({name: getattr(progress, name) for name in Progress.__slots__})
         self._checkpoint.parent.mkdir(exist_ok=True)
-        files.replace(self._checkpoint, freeze({"identity": self._identity, "progress": content}))
+        clients = self.states.commit(progress.round)
+        checkpoint = {"format": FORMAT, "identity": self._identity, "clients": clients, "progress": content}
+        files.replace(self._checkpoint, freeze(checkpoint))
+        self.states.saved(progress.round)
 
     def finish(self, params: Params, masks: Masks, summary: Mapping[str, Any]) -> None:
         """Write the end result."""
@@ -121,7 +132,7 @@ def identity(config: Mapping[str, Any], data: Federation | None = None, start: P
     digest = xxhash.xxh3_128(json.dumps(sections, sort_keys=True, default=str).encode())
     if data is not None:
         tensors = (data.train.x, data.train.y, data.test.x, data.test.y)
-        arrays = [tensor.numpy() for tensor in tensors] + [*data.parts, *data.shares]
+        arrays = [tensor.numpy() for tensor in tensors] + [Parts.of(data.parts).flat, Parts.of(data.shares).flat]
         for array in arrays:
             digest.update(np.ascontiguousarray(array).data)
     if start is not None:

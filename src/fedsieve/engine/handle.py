@@ -40,7 +40,9 @@ class Device:
         self._last: tuple[bytes | memoryview, Message] | None = None
 
     def answer(self, client: int, payload: bytes | memoryview, mine: bytes | None) -> tuple[Message, bytes | None]:
-        """Play a client that received a request: return its reply and the state that it keeps, frozen.
+        """Play a client that received a request: return its reply and the state that it keeps from now on, frozen.
+
+        None instead of a state: it keeps what it kept before.
 
         Raises:
             WireError: the payload is no valid request.
@@ -51,7 +53,7 @@ class Device:
         streams = Streams(plan.seed).at(round=request.round, client=client)
         who = Client(client, self.executor, data.train, data.parts[client], data.test, data.shares[client], streams)
         if request.kind == "eval":
-            return evaluate(request, who), mine
+            return evaluate(request, who), None
         module = type(plan.algorithm).__module__
         state = None if mine is None else thaw(mine, plan.spec.layout, module)
         reply, state = plan.algorithm.client_update(request, who, state)

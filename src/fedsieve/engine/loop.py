@@ -16,6 +16,7 @@ from fedsieve.data.batches import Federation
 from fedsieve.engine.folder import Progress, RunFolder, environment, identity
 from fedsieve.engine.handle import Plan
 from fedsieve.engine.round import Row, play, total
+from fedsieve.engine.states import ClientStates
 from fedsieve.engine.transports import Sequential, Transport, Workers
 from fedsieve.errors import Diverged, Interrupted, UsageError
 from fedsieve.models.spec import ModelSpec
@@ -90,25 +91,26 @@ def fit(
     streams = Streams(engine.seed)
     job = Job(spec, start or spec.initial("module", streams), engine.rounds, len(data.parts), streams)
     config = config or _described(algorithm, spec, data, local, engine)
-    run = Progress(0, algorithm.init(job), [], {})
-    folder = None
+    run = Progress(0, algorithm.init(job), [])
+    folder, states = None, ClientStates()
     if out is not None:
         folder = RunFolder.open(Path(out), identity(config, data, job.start), resume=resume)
         run = folder.restore(job.layout, type(algorithm).__module__) or run
         folder.describe(config, data.manifest())
+        states = folder.states
     plan = Plan(algorithm, spec, data, local, engine.rounds, engine.seed)
-    transport: Transport = Workers(plan, engine.workers) if engine.workers else Sequential(plan)
-    transport.states.update(run.clients)
+    transport: Transport = Workers(plan, engine.workers, states) if engine.workers else Sequential(plan, states)
     try:
         while run.round < engine.rounds:
-            began = perf_counter()
+            began, states.round = perf_counter(), run.round + 1
             state, row = play(algorithm, run.state, run.round + 1, job, engine, transport)
             row["seconds"] = perf_counter() - began
-            run = Progress(run.round + 1, state, [*run.rows, row], dict(transport.states))
+            run = Progress(run.round + 1, state, [*run.rows, row])
             if folder:
                 folder.record(row)
                 if run.round % engine.checkpoint_every == 0 or run.round == engine.rounds:
                     folder.save(run)
+            states.prune(run.round)
             watch(row)
     except (Interrupted, KeyboardInterrupt, Diverged):
         if folder:

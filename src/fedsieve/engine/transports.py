@@ -26,8 +26,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from fedsieve.data.partition import Parts
 from fedsieve.engine.arena import Arena, SharedTensor
 from fedsieve.engine.handle import Device, Plan, handle
+from fedsieve.engine.states import ClientStates
 from fedsieve.errors import Diverged, FedsieveError
 from fedsieve.local.executor import EVALUATION_BATCH, Metrics
 from fedsieve.params import Layout, Masks, Params
@@ -51,7 +53,7 @@ class Lost:
 class Transport(Protocol):
     """Carries requests to clients and replies back."""
 
-    states: dict[int, bytes]
+    states: ClientStates
     """what each client keeps between its rounds, frozen; here only because the simulator plays the clients"""
 
     @property
@@ -68,14 +70,14 @@ class Transport(Protocol):
         """Largest resident memory so far, in bytes, summed over processes (shared pages count in each)."""
 
     def close(self) -> None:
-        """End what was started."""
+        """End what was started, and close the file of the clients' states."""
 
 
 class Sequential:
     """Plays one client after another in this process."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.states: dict[int, bytes] = {}
+    def __init__(self, plan: Plan, states: ClientStates | None = None) -> None:
+        self.states = ClientStates() if states is None else states
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
         self._plan = replace(plan, federation=plan.federation.to(torch.device(plan.local.device)))
@@ -95,7 +97,7 @@ class Sequential:
                 yield client, _lost(error)
                 continue
             if mine is not None:
-                self.states[client] = mine
+                self.states.put(client, mine)
             yield client, reply
 
     def evaluate(self, params: Params, masks: Masks) -> Metrics:
@@ -108,15 +110,16 @@ class Sequential:
         return peak_memory()
 
     def close(self) -> None:
-        """Give torch its threads back."""
+        """Give torch its threads back, and close the file of the clients' states."""
+        self.states.close()
         torch.set_num_threads(self._threads)
 
 
 class Workers:
     """Plays clients in persistent worker processes of one thread each; data, broadcast and replies cross in shared memory."""
 
-    def __init__(self, plan: Plan, count: int) -> None:
-        self.states: dict[int, bytes] = {}
+    def __init__(self, plan: Plan, count: int, states: ClientStates | None = None) -> None:
+        self.states = ClientStates() if states is None else states
         self.flops = 0
         self._plan, self._layout = plan, plan.spec.layout
         self._threads = torch.get_num_threads()
@@ -150,7 +153,7 @@ class Workers:
         places = self._place(requests)
         # A second request may wait at a worker only if it is small: a large one would block this end while the worker, blocked
         # by its own large answer, does not read.
-        small = len(places) == len(set(map(id, requests.values()))) and not any(client in self.states for client in order)
+        small = len(places) == len(set(map(id, requests.values()))) and not self.states
         depth = 2 if small and len(order) >= 8 * len(self._pipes) else 1
         queued = [0] * len(self._pipes)
         ready: dict[int, bytes | bytearray | Lost] = {}
@@ -171,7 +174,7 @@ class Workers:
                     self.flops += flops
                     ready[answered] = self._fetch(worker, reply)
                     if mine is not None:
-                        self.states[answered] = mine
+                        self.states.put(answered, mine)
             yield client, ready.pop(client)
 
     def evaluate(self, params: Params, masks: Masks) -> Metrics:
@@ -194,7 +197,8 @@ class Workers:
         return peak_memory() + sum(self._peaks)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and close the file of the clients' states."""
+        self.states.close()
         self._selector.close()
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             process.kill()
@@ -319,11 +323,14 @@ class _OneThreadEach:
 
 
 def _shared(plan: Plan) -> dict[str, SharedTensor]:
-    """Put a plan into memory that all workers share: the examples as they are, all else pickled."""
+    """Put a plan into memory that all workers share: the examples and who holds which as they are, all else pickled."""
     data = plan.federation
     tensors = {"x": data.train.x, "y": data.train.y, "test_x": data.test.x, "test_y": data.test.y}
+    for name, parts in (("parts", Parts.of(data.parts)), ("shares", Parts.of(data.shares))):
+        tensors |= {name: torch.from_numpy(parts.flat), f"{name}_bounds": torch.from_numpy(parts.bounds)}
     empty = torch.empty(0)
-    bare = replace(data, train=replace(data.train, x=empty, y=empty), test=replace(data.test, x=empty, y=empty))
+    train, test = replace(data.train, x=empty, y=empty), replace(data.test, x=empty, y=empty)
+    bare = replace(data, train=train, test=test, parts=(), shares=())
     rest = torch.frombuffer(bytearray(pickle.dumps(replace(plan, federation=bare))), dtype=torch.uint8)
     return {name: SharedTensor(tensor) for name, tensor in (tensors | {"rest": rest}).items()}
 
@@ -333,7 +340,10 @@ def _whole(shared: Mapping[str, SharedTensor]) -> Plan:
     data = plan.federation
     train = replace(data.train, x=shared["x"].tensor(), y=shared["y"].tensor())
     test = replace(data.test, x=shared["test_x"].tensor(), y=shared["test_y"].tensor())
-    return replace(plan, federation=replace(data, train=train, test=test))
+    parts, shares = (
+        Parts(shared[name].tensor().numpy(), shared[f"{name}_bounds"].tensor().numpy()) for name in ("parts", "shares")
+    )
+    return replace(plan, federation=replace(data, train=train, test=test, parts=parts, shares=shares))
 
 
 def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots: Arena, parent_pid: int) -> None:
