@@ -95,7 +95,8 @@ def fit(
     folder, states = None, ClientStates()
     if out is not None:
         folder = RunFolder.open(Path(out), identity(config, data, job.start), resume=resume)
-        run = folder.restore(job.layout, type(algorithm).__module__) or run
+        if resume:
+            run = folder.restore(job.layout, type(algorithm).__module__) or run
         folder.describe(config, data.manifest())
         states = folder.states
     plan = Plan(algorithm, spec, data, local, engine.rounds, engine.seed)
