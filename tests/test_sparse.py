@@ -203,6 +203,32 @@ def test_training_equals_dense_masked_training(name, momentum):
         assert bool((ours.momentum[: spec.layout.maskable][~masks.kept] == 0).all())
 
 
+@pytest.mark.parametrize("sparse", [0.0, 1.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_training_without_dead_units_equals_training_with_them(sparse, momentum):
+    spec = build(Model(name="cnn"), (1, 12, 12), 5)
+    start = spec.initial("glorot", Streams(1))
+    masks = Masks(spec.layout, torch.from_numpy(kept_of(np.random.default_rng(2), spec.layout.maskable, 0.3)))
+    masks["conv1.weight"][::2] = False
+    masks["conv2.weight"][:, 1:9] = False
+    masks["fc2.weight"][:, 100:] = False
+    examples, order, found = examples_for("cnn", (1, 12, 12)), np.arange(30), []
+    for compact in (False, True):
+        local = Local(lr=0.05, batch=8, momentum=momentum, sparse_conv=sparse, sparse_linear=sparse, compact=compact)
+        executor = Executor(spec, local, 10)
+        trained = executor.train(start, examples, order, Streams(3).at(round=1, client=0), masks=masks)
+        again = executor.train(start, examples, order, Streams(3).at(round=1, client=0), masks=masks)
+        assert torch.equal(trained.params.flat, again.params.flat)
+        form = executor._form(masks, start)
+        found.append((trained, form.bound.weights.numel()))
+    (large, all_), (small, fewer) = found
+    assert fewer < 0.5 * all_
+    assert small.loss == pytest.approx(large.loss, rel=1e-5)
+    assert_close([small.params.flat], [large.params.flat], 1e-5)
+    if momentum:
+        assert_close([small.momentum], [large.momentum], 1e-5)
+
+
 def test_result_does_not_depend_on_what_was_trained_before():
     spec = build(Model(name="cnn"), (1, 12, 12), 5)
     start, order = spec.initial("glorot", Streams(1)), np.arange(30)
@@ -293,6 +319,6 @@ def test_frozen_order_of_params_is_untouched():
     start = spec.initial("glorot", Streams(5))
     masks = Masks(spec.layout, torch.from_numpy(kept_of(np.random.default_rng(1), spec.layout.maskable, 0.2)))
     form = Kept(spec, masks, sparse_layers(spec.module, masks, Local()))
-    assert torch.equal(form.outward(form.inward(start.flat)), start.under(masks).flat)
+    assert torch.equal(form.outward(form.inward(start.flat), start.flat), start.under(masks).flat)
     trainable = start.flat[: spec.layout.trainable]
-    assert torch.equal(form.outward(form.inward(trainable)), Params(spec.layout, start.under(masks).flat).trainable)
+    assert torch.equal(form.outward(form.inward(trainable), trainable), Params(spec.layout, start.under(masks).flat).trainable)

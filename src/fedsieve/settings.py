@@ -200,6 +200,8 @@ class Local:
     sparse_linear: Threshold = 0.3
     """largest density at which a masked linear layer is computed over its kept weights only, in [0, 1] (0: never);
     `fedsieve bench kernels` prints where either pays on a machine"""
+    compact: bool = False
+    """leave dead channels and neurons out of masked networks while they train; they stay as they are, weight decay included"""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     """cpu, or cuda (cuda:0, ...): sequential only"""
 

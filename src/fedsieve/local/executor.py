@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from fedsieve.data.batches import Examples
 from fedsieve.errors import Diverged
-from fedsieve.local.forms import Form, Kept, Whole, sparse_layers
+from fedsieve.local.forms import Form, Kept, Shrunk, Whole, sparse_layers
 from fedsieve.local.optim import Sgd, rate
+from fedsieve.models.compact import compact
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Layout, Masks, Params, finite
 from fedsieve.settings import Local
@@ -82,8 +84,7 @@ class Executor:
         self.device = torch.device(local.device)
         self.flops = 0
         """floating-point operations spent in training since the last reset, masks respected, backward as twice forward"""
-        self._whole: Form | None = None
-        self._kept: list[tuple[Tensor, Form]] = []
+        self._forms: list[tuple[Tensor, Tensor | None, Form]] = []
 
     def train(
         self,
@@ -101,7 +102,7 @@ class Executor:
         """Train from `params` on the examples `order` names. See `Client.train`."""
         local, layout = self.local, self.spec.layout
         epochs = local.epochs if epochs is None else epochs
-        form = self._form(masks)
+        form = self._form(masks, params if momentum is None else None)
         bound = form.bound
         support = form.support(masks) if masks is not None else None
         velocity = None
@@ -132,8 +133,8 @@ class Executor:
         mean_loss = float(total) / max(1, predictions)
         if not isfinite(mean_loss) or not finite(bound.weights):
             raise Diverged(f"client {streams.client}, round {streams.round}: the training loss is {mean_loss}")
-        kept = None if velocity is None else form.outward(velocity)
-        return Trained(Params(layout, form.outward(bound.weights)), len(order), mean_loss, kept)
+        kept = None if velocity is None else form.outward(velocity, torch.zeros(layout.trainable))
+        return Trained(Params(layout, form.outward(bound.weights, params.flat)), len(order), mean_loss, kept)
 
     @torch.no_grad()
     def evaluate(self, params: Params, examples: Examples, order: NDArray[np.int64], masks: Masks | None = None) -> Metrics:
@@ -152,18 +153,39 @@ class Executor:
         predictions = len(order) * examples.y[0].numel()
         return Metrics(int(torch.stack(correct).sum()), float(torch.stack(losses).double().sum()), predictions)
 
-    def _form(self, masks: Masks | None) -> Form:
-        """Return the form to work on under masks; that of the last masks is kept, since the clients of a round share them."""
-        if masks is not None and self.device.type == "cpu" and self.local.precision == "fp32":
-            for kept, form in self._kept:
-                if torch.equal(kept, masks.kept):
-                    return form
-            if names := sparse_layers(self.spec.module, masks, self.local):
-                self._kept = [(masks.kept.clone(), Kept(self.spec, masks, names)), *self._kept[: FORMS - 1]]
-                return self._kept[0][1]
-        if self._whole is None:
-            self._whole = Whole(self.spec, self.local)
-        return self._whole
+    def _form(self, masks: Masks | None, start: Params | None = None) -> Form:
+        """Return the form to work on under masks; the last ones are kept, since the clients of a round share them.
+
+        Args:
+            masks: the masks, if any.
+            start: what training starts from, without a velocity: then dead units may be left out.
+        """
+        if masks is None:
+            return self._all
+        flat = start.flat if start is not None and self.local.compact else None
+        for kept, known, form in self._forms:
+            if torch.equal(kept, masks.kept) and (
+                flat is None if known is None else flat is not None and torch.equal(known, flat)
+            ):
+                return form
+        form = self._made(self.spec, masks)
+        if start is not None and flat is not None:
+            small = compact(self.spec, start, masks, training=True)
+            if small.spec.layout.size < self.spec.layout.size:
+                form = Shrunk(small, masks, self._made(small.spec, small.shrink_masks(masks)))
+        self._forms = [(masks.kept.clone(), None if flat is None else flat.clone(), form), *self._forms[: FORMS - 1]]
+        return form
+
+    def _made(self, spec: ModelSpec, masks: Masks) -> Form:
+        sparse = self.device.type == "cpu" and self.local.precision == "fp32"
+        if names := sparse_layers(spec.module, masks, self.local) if sparse else []:
+            return Kept(spec, masks, names)
+        return self._all if spec is self.spec else Whole(spec, self.local)
+
+    @cached_property
+    def _all(self) -> Form:
+        """The form of all weights."""
+        return Whole(self.spec, self.local)
 
     def _forward_flops(self, masks: Masks | None) -> int:
         return self.spec.density_flops(masks) if masks is not None else sum(self.spec.flops.values())

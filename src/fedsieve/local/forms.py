@@ -4,6 +4,7 @@ Parameters come and go as vectors in the order of the layout. A form holds them 
 
     Whole   all weights, those of convolutions with the channels last
     Kept    of the layers that sparse kernels compute, the kept weights only
+    Shrunk  one of these for the network without its dead channels and neurons
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsieve.local.convolution import accelerate
+from fedsieve.models.compact import Compact
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Kind, Layout, Masks, Slot
 from fedsieve.settings import Local
@@ -38,8 +40,8 @@ class Form(Protocol):
     def inward(self, flat: Tensor) -> Tensor:
         """Bring a vector of the layout, or its trainable part, into the order of the form, on its device."""
 
-    def outward(self, flat: Tensor) -> Tensor:
-        """Bring a vector back, as a new tensor in main memory; zero where the form holds nothing."""
+    def outward(self, flat: Tensor, into: Tensor) -> Tensor:
+        """Bring a vector back, as a new tensor in main memory; dead units that the form leaves out are as in `into`."""
 
     def support(self, masks: Masks) -> Support | None:
         """Which weights stay zero though the form holds them; None if there are none."""
@@ -91,7 +93,7 @@ class Whole:
                 _view(moved[span], shape).copy_(flat[span].view(shape))
         return moved
 
-    def outward(self, flat: Tensor) -> Tensor:
+    def outward(self, flat: Tensor, into: Tensor) -> Tensor:
         """See `Form`."""
         moved = flat.clone()
         for span, shape in self._images:
@@ -128,7 +130,7 @@ class Kept:
         """See `Form`."""
         return flat[self._origin[: self.bound.trainable] if len(flat) == self._layout.trainable else self._origin]
 
-    def outward(self, flat: Tensor) -> Tensor:
+    def outward(self, flat: Tensor, into: Tensor) -> Tensor:
         """See `Form`."""
         moved = torch.zeros(self._layout.size if len(flat) == len(self._origin) else self._layout.trainable)
         moved[self._origin[: len(flat)]] = flat
@@ -140,6 +142,32 @@ class Kept:
             return None
         flat = masks.kept[self._origin[: sum(slot.numel for slot in self._masked)]].float()
         return flat, _views(flat, [slot.shape for slot in self._masked])
+
+
+class Shrunk:
+    """A network without its dead channels and neurons, in one of the other forms."""
+
+    def __init__(self, small: Compact, masks: Masks, form: Form) -> None:
+        self._small, self._masks, self._form = small, masks, form
+        self.module, self.bound = form.module, form.bound
+
+    def inward(self, flat: Tensor) -> Tensor:
+        """See `Form`."""
+        small = self._small.spec.layout
+        size = small.trainable if len(flat) == self._masks.layout.trainable else small.size
+        return self._form.inward(flat[self._small.origin[:size]])
+
+    def outward(self, flat: Tensor, into: Tensor) -> Tensor:
+        """See `Form`."""
+        moved, small = into.clone(), self._form.outward(flat, into)
+        moved[: len(self._masks.kept)].masked_fill_(~self._masks.kept, 0)
+        left = ~self._small.filling[: len(small)]
+        moved[self._small.origin[: len(small)][left]] = small[left]
+        return moved
+
+    def support(self, masks: Masks) -> Support | None:
+        """See `Form`."""
+        return self._form.support(self._small.shrink_masks(masks))
 
 
 def sparse_layers(module: nn.Module, masks: Masks, local: Local) -> list[str]:
