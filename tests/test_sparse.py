@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from fedsieve import Data, Engine, FedSparsify, federate, fit, load
 from fedsieve.data.batches import Examples
 from fedsieve.local import forms
 from fedsieve.local.executor import Executor
@@ -303,6 +304,25 @@ def test_a_second_gradient_is_refused():
     torch.autograd.grad(y.sum(), values, retain_graph=True)
     with pytest.raises(RuntimeError, match="asked for once"):
         torch.autograd.grad(y.sum(), values)
+
+
+def test_a_run_on_sparse_kernels_is_the_same_for_any_number_of_workers(monkeypatch):
+    monkeypatch.undo()
+    settings = Data(name="digits", clients=5)
+    data = federate(load(settings), settings, Streams(0))
+    spec, local = build(Model(name="mlp", hidden=(256, 256)), data.shape, data.classes), Local(momentum=0.5)
+    results = [
+        fit(FedSparsify(density=0.1, ranking="layer"), model=spec, data=data, local=local, engine=Engine(rounds=4, workers=workers))
+        for workers in (0, 1, 3)
+    ]
+    assert sparse_layers(spec.module, results[0].masks, local) == ["fc1", "fc2", "fc3"]
+    for result in results[1:]:
+        assert torch.equal(result.params.flat, results[0].params.flat)
+        assert [row["accuracy"] for row in result.rows] == [row["accuracy"] for row in results[0].rows]
+    dense = replace(local, sparse_linear=0.0)
+    other = fit(FedSparsify(density=0.1, ranking="layer"), model=spec, data=data, local=dense, engine=Engine(rounds=4))
+    assert not torch.equal(other.params.flat, results[0].params.flat)
+    assert other.accuracy == pytest.approx(results[0].accuracy, abs=0.01)
 
 
 def test_not_a_number_comes_through():

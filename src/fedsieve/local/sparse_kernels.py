@@ -150,7 +150,7 @@ def _sums(
 @compiled
 def _products(
     y: Floats,
-    begin_: int,
+    origin: int,
     plane: int,
     row: int,
     x: Floats,
@@ -169,18 +169,18 @@ def _products(
     The bias is a weight that is applied to a line of ones.
     """
     at, which, begin, blocks = lists
-    line, nowhere, self_ = ones
+    line, nowhere, own = ones
     outputs = len(bias)
     for r in range(rows):
         for c in range(len(cut)):
             offset, vectors, tail = cut[c, 0], cut[c, 1], cut[c, 2]
             for g in range(blocks):
                 for o in range(outputs):
-                    first, last, out = begin[g * outputs + o], begin[g * outputs + o + 1], begin_ + o * plane + r * row
+                    first, last, out = begin[g * outputs + o], begin[g * outputs + o + 1], origin + o * plane + r * row
                     if first < last:
                         dots(offset, vectors, tail, y, out, x, base + r * step, at, which, grad, first, last, scale)
                     if g == 0:
-                        dots(0, vectors, tail, y, out + offset, line, 0, nowhere, self_, bias, o, o + 1, scale)
+                        dots(0, vectors, tail, y, out + offset, line, 0, nowhere, own, bias, o, o + 1, scale)
 
 
 @compiled
