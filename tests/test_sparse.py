@@ -247,13 +247,15 @@ def test_result_does_not_depend_on_what_was_trained_before():
 
 
 def test_layers_are_chosen_by_their_own_density():
-    spec = build(Model(name="cnn"), (1, 12, 12), 5)
+    spec = build(Model(name="cnn6", norm="none"), (3, 16, 16), 5)
     masks = Masks.full(spec.layout)
     assert sparse_layers(spec.module, masks, Local()) == []
-    for name, density in (("conv2.weight", 0.2), ("fc1.weight", 0.04), ("fc2.weight", 0.31)):
-        masks[name].copy_(torch.arange(masks[name].numel()).view(masks[name].shape) < density * masks[name].numel())
-    assert sparse_layers(spec.module, masks, Local(sparse_conv=0.3, sparse_linear=0.3)) == ["conv2", "fc1"]
-    assert sparse_layers(spec.module, masks, Local(sparse_conv=0.1, sparse_linear=0.05)) == ["fc1"]
+    for name, density in (("stage1.conv2", 0.31), ("stage2.conv1", 0.2), ("fc1", 0.04)):
+        masks[f"{name}.weight"].flatten()[int(density * masks[f"{name}.weight"].numel()) :] = False
+    light = ["stage1.conv1", "fc2"]  # three inputs, few weights
+    assert sparse_layers(spec.module, masks, Local(sparse_conv=0.3, sparse_linear=0.3)) == ["stage2.conv1", "fc1", *light]
+    assert sparse_layers(spec.module, masks, Local(sparse_conv=0.1, sparse_linear=0.05)) == ["fc1", *light]
+    assert sparse_layers(spec.module, masks, Local(sparse_conv=0.0, sparse_linear=0.05)) == ["fc1", "fc2"]
     assert sparse_layers(spec.module, masks, Local(sparse_conv=0.0, sparse_linear=0.0)) == []
 
 
@@ -312,7 +314,13 @@ def test_a_run_on_sparse_kernels_is_the_same_for_any_number_of_workers(monkeypat
     data = federate(load(settings), settings, Streams(0))
     spec, local = build(Model(name="mlp", hidden=(256, 256)), data.shape, data.classes), Local(momentum=0.5)
     results = [
-        fit(FedSparsify(density=0.1, ranking="layer"), model=spec, data=data, local=local, engine=Engine(rounds=4, workers=workers))
+        fit(
+            FedSparsify(density=0.1, ranking="layer"),
+            model=spec,
+            data=data,
+            local=local,
+            engine=Engine(rounds=4, workers=workers),
+        )
         for workers in (0, 1, 3)
     ]
     assert sparse_layers(spec.module, results[0].masks, local) == ["fc1", "fc2", "fc3"]

@@ -196,10 +196,10 @@ class Local:
     """on a CPU: the fastest of three algorithms, or PyTorch's own; rounding differs by about 1e-5 of the largest value"""
     sparse_conv: Threshold = 0.3
     """largest density at which a masked convolution is computed over its kept weights only, in [0, 1] (0: never; on a CPU, in
-    fp32); rounding differs by about 1e-5 of the largest value"""
+    fp32); rounding differs by about 1e-6 of the largest value. A convolution of at most 4 inputs follows the other layers"""
     sparse_linear: Threshold = 0.3
-    """largest density at which a masked linear layer is computed over its kept weights only, in [0, 1] (0: never);
-    `fedsieve bench kernels` prints where either pays on a machine"""
+    """largest density at which a masked linear layer is computed over its kept weights only, in [0, 1] (0: never); one of at
+    most 8,192 weights follows the other layers. `fedsieve bench kernels` prints where either pays on a machine"""
     compact: bool = False
     """leave dead channels and neurons out of masked networks while they train; they stay as they are, weight decay included"""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"

@@ -26,6 +26,8 @@ from fedsieve.settings import Local
 
 SMALLEST = 2**16
 """weights, kept or not, that the layers must have together for sparse kernels to be worth their start"""
+FEW, LIGHT = 4, 2**13
+"""inputs of a convolution, and weights of a linear layer, up to which it is computed by sparse kernels if any layer is"""
 
 Support = tuple[Tensor, list[Tensor]]
 """1.0 where a weight is kept, 0.0 where pruned, of the first weights of a form; and its views, one a tensor"""
@@ -173,19 +175,24 @@ class Shrunk:
 def sparse_layers(module: nn.Module, masks: Masks, local: Local) -> list[str]:
     """Return the names of the layers that sparse kernels compute: those whose masks are as sparse as the settings say.
 
-    None, if they are small: on networks for a few dozen features the kernels take longer to load than they save.
+    If there are any, light ones are too, whatever their density: a convolution of few inputs is no faster dense, and a small
+    linear layer takes no time, but would break the chain. None, if all are small: on networks for a few dozen features the
+    kernels take longer to load than they save.
     """
     uses = Counter(id(tensor) for each in module.modules() for tensor in each._parameters.values())
-    names, weights = [], 0
+    names, light, weights = [], [], 0
     for name, layer in module.named_modules():
         slot = masks.layout.named.get(f"{name}.weight")
-        most = local.sparse_linear if type(layer) is nn.Linear else local.sparse_conv if _convolves(layer) else 0.0
+        linear = type(layer) is nn.Linear
+        most = local.sparse_linear if linear else local.sparse_conv if _convolves(layer) else 0.0
         if slot is None or not slot.maskable or not most or uses[id(layer.weight)] > 1:
             continue
         if int(masks[slot.name].sum()) <= most * slot.numel:
             names.append(name)
             weights += slot.numel
-    return names if weights >= SMALLEST else []
+        elif slot.numel <= LIGHT if linear else slot.shape[1] <= FEW:
+            light.append(name)
+    return [*names, *light] if names and weights >= SMALLEST else []
 
 
 def _convolves(layer: nn.Module) -> bool:
