@@ -7,11 +7,15 @@
 One local epoch, batch 32, SGD, test accuracy every 5 rounds. The plain loop is one process with torch's default threads, data
 prepared as normalised float tensors, `torch.optim.SGD`, and no bytes at all; fedsieve packs, counts, carries and unpacks every
 message. Rounds of the two alternate, so that both see the same machine; the first five are not counted.
+
+The limit is what the processor's matrix product would take for all multiplications and additions of a round, evaluation
+included: a product of 1,024 x 1,024 numbers, one process of one thread for each worker at once, before and after the rounds.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
@@ -84,19 +88,41 @@ def measure(task: Task, workers: int = 2) -> dict[str, float]:
         if evaluate:
             accuracy[:] = row["accuracy"], reached
 
+    before = matmul_flops(workers)
     engine = Engine(rounds=EVERY + task.rounds, cohort=task.cohort, workers=workers, eval_every=EVERY, eval_clients=0)
     fit(FedAvg(), model=spec, data=data, local=Local(lr=LR, batch=BATCH), engine=engine, watch=watch)
     seconds, plain_seconds = statistics.fmean(ours[EVERY:]), statistics.fmean(theirs[EVERY:])
     codec = exchange_seconds(spec.layout, task.cohort)
+    forward = sum(spec.flops.values())
+    trained = task.cohort * len(data.parts[0])
+    limit = (before + matmul_flops(workers)) / 2 / (forward * (3 * trained + len(data.test) / EVERY))
     return {
         "rounds_per_second": 1 / seconds,
         "plain_rounds_per_second": 1 / plain_seconds,
         "ratio": plain_seconds / seconds,
         "goal": task.goal,
+        "limit_rounds_per_second": limit,
+        "share_of_limit": 1 / seconds / limit,
         "codec_share": codec / seconds,
         "accuracy": accuracy[0],
         "plain_accuracy": accuracy[1],
     }
+
+
+def matmul_flops(processes: int, seconds: float = 1.0) -> float:
+    """Measure floating-point operations per second of matrix products, summed over processes of one thread that run at once."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pool.map(_multiply, [0.0] * processes)  # until all have started
+        return sum(pool.map(_multiply, [seconds] * processes, chunksize=1))
+
+
+def _multiply(seconds: float, side: int = 1024) -> float:
+    torch.set_num_threads(1)
+    a, count, began = torch.randn(side, side), 0, perf_counter()
+    while not count or perf_counter() - began < seconds:
+        torch.mm(a, a)
+        count += 1
+    return 2 * side**3 * count / (perf_counter() - began)
 
 
 def textbook(model: Model) -> nn.Module:
@@ -157,8 +183,8 @@ def main() -> int:
         history.add("rounds", {task.name: row["ratio"]})
         print(
             f"{task.name}  {row['rounds_per_second']:.3f} rounds/s  plain {row['plain_rounds_per_second']:.3f}"
-            f"  ratio {row['ratio']:.2f} (goal {row['goal']})  codec {row['codec_share']:.1%} of a round"
-            f"  accuracy {row['accuracy']:.3f} / {row['plain_accuracy']:.3f}",
+            f"  ratio {row['ratio']:.2f} (goal {row['goal']})  {row['share_of_limit']:.0%} of the limit"
+            f"  codec {row['codec_share']:.1%} of a round  accuracy {row['accuracy']:.3f} / {row['plain_accuracy']:.3f}",
             flush=True,
         )
     if len(chosen) == len(TASKS):
