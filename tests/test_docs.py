@@ -100,8 +100,12 @@ def test_tensor_files_have_the_tensors_and_metadata_documented(run, small):
     documented = first_column(section("records.md", "export/packed.safetensors"))
     with safe_open(run / "export" / "packed.safetensors", framework="pt") as file:
         assert set(file.keys()) == slots | {f"{name}.kept" for name in masked}
-        assert set(file.metadata()) | {"TENSOR", "TENSOR.kept"} == documented
-        assert file.metadata()["format"] in section("records.md", "export/packed.safetensors")
+        assert set(file.metadata()) | {"TENSOR", "TENSOR.kept", "TENSOR.gaps"} == documented
+        assert f"`{file.metadata()['format']}`" in section("records.md", "export/packed.safetensors")
+    with safe_open(run / "export" / "sparse.safetensors", framework="pt") as file:
+        assert set(file.keys()) == slots | {f"{name}.kept" for name in masked}
+        assert set(file.metadata()) == first_column(section("records.md", "export/sparse.safetensors"))
+        assert f"`{file.metadata()['format']}`" in section("records.md", "export/sparse.safetensors")
 
 
 def test_the_compact_export_holds_what_is_documented(run):

@@ -77,7 +77,9 @@ class Recipe:
             if unknown or any(tensors[slot.name].dtype != torch.float32 for slot in slots):
                 raise KeyError(*unknown, "of float32")
             with torch.no_grad():
-                module.eval()(spec.example)
+                scores = module.eval()(spec.example)
+            if scores.shape[-1] < self.classes:
+                raise ValueError(f"{scores.shape[-1]} scores for {self.classes} classes")
         except (KeyError, RuntimeError, ValueError) as error:
             kind = UsageError if own else DataError
             raise kind(f"{path} was made of another model than {self.model.name} is now: {error}") from None
