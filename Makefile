@@ -27,8 +27,10 @@ demo: setup
 	$(BIN)/fedsieve demo
 
 bench: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m fedsieve.bench.codec
 	$(BIN)/python -m fedsieve.bench.kernels
+	$(BIN)/python -m fedsieve.bench.inference
 	$(BIN)/python -m fedsieve.bench.rounds
 	$(BIN)/python -m fedsieve.bench.memory
 	$(BIN)/python -m fedsieve.bench.scale

@@ -19,8 +19,9 @@ from safetensors import safe_open
 from fedsieve import DataError, Diverged, Engine, FedAvg, FedSparsify, Local, UsageError, cli, errors, fit
 from fedsieve.algorithms.base import find, names
 from fedsieve.config import from_file
-from fedsieve.finish import compact
+from fedsieve.finish import compact, runtime
 from fedsieve.finish.export import export
+from fedsieve.finish.recipe import Recipe
 from fedsieve.report.settings import entries, settings_markdown
 from fedsieve.settings import Data, Model
 from fedsieve.wire.message import Reason
@@ -71,7 +72,9 @@ def run(digits, small, tmp_path_factory):
     result = fit(FedSparsify(density=0.2), model=small, data=digits, engine=engine, out=folder)
     assert any(row["lost"] for row in result.rows)
     export(folder, folder / "export")
-    compact.export(folder, folder / "export", small, Model(name="mlp", hidden=(16,)), digits.classes)
+    recipe = Recipe.of(Model(name="mlp", hidden=(16,)), digits)
+    compact.export(folder, folder / "export", small, recipe)
+    runtime.export(folder, folder / "export", small, recipe)
     return folder
 
 
@@ -97,8 +100,12 @@ def test_tensor_files_have_the_tensors_and_metadata_documented(run, small):
     documented = first_column(section("records.md", "export/packed.safetensors"))
     with safe_open(run / "export" / "packed.safetensors", framework="pt") as file:
         assert set(file.keys()) == slots | {f"{name}.kept" for name in masked}
-        assert set(file.metadata()) | {"TENSOR", "TENSOR.kept"} == documented
-        assert file.metadata()["format"] in section("records.md", "export/packed.safetensors")
+        assert set(file.metadata()) | {"TENSOR", "TENSOR.kept", "TENSOR.gaps"} == documented
+        assert f"`{file.metadata()['format']}`" in section("records.md", "export/packed.safetensors")
+    with safe_open(run / "export" / "sparse.safetensors", framework="pt") as file:
+        assert set(file.keys()) == slots | {f"{name}.kept" for name in masked}
+        assert set(file.metadata()) == first_column(section("records.md", "export/sparse.safetensors"))
+        assert f"`{file.metadata()['format']}`" in section("records.md", "export/sparse.safetensors")
 
 
 def test_the_compact_export_holds_what_is_documented(run):

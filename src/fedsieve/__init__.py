@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fedsieve.data.datasets import Dataset, from_arrays, load
     from fedsieve.engine.loop import Result, fit
     from fedsieve.errors import DataError, Diverged, FedsieveError, UsageError
+    from fedsieve.finish.runtime import SparseModel
+    from fedsieve.finish.runtime import load as load_sparse
     from fedsieve.models.spec import ModelSpec, build
     from fedsieve.params import Kind, Layout, Masks, Params, Slot
     from fedsieve.settings import Data, Engine, Local, Model
@@ -34,6 +36,8 @@ _HOME = {
     "Diverged": "errors",
     "FedsieveError": "errors",
     "UsageError": "errors",
+    "SparseModel": "finish.runtime",
+    "load_sparse": "finish.runtime:load",
     "ModelSpec": "models.spec",
     "build": "models.spec",
     "Kind": "params",
@@ -55,12 +59,13 @@ _HOME = {
 
 __all__ = [
     "Data", "DataError", "Dataset", "Diverged", "Engine", "FedAvg", "FedSparsify", "Federation", "FedsieveError", "Kind",
-    "Layout", "Local", "Masks", "Message", "Model", "ModelSpec", "Params", "Result", "Slot", "Stream", "Streams",
-    "UsageError", "WireError", "build", "federate", "fit", "from_arrays", "load", "pack", "unpack",
+    "Layout", "Local", "Masks", "Message", "Model", "ModelSpec", "Params", "Result", "Slot", "SparseModel", "Stream",
+    "Streams", "UsageError", "WireError", "build", "federate", "fit", "from_arrays", "load", "load_sparse", "pack", "unpack",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fedsieve' has no attribute {name!r}")
-    return getattr(import_module(f"fedsieve.{_HOME[name]}"), name)
+    home, _, own = _HOME[name].partition(":")
+    return getattr(import_module(f"fedsieve.{home}"), own or name)

@@ -19,7 +19,7 @@ COMMANDS = {
     "compare": "compare runs in a table and on one page: fedsieve compare DIR...",
     "list": "list algorithms, datasets, models or partitions [--json]",
     "bench": "measure where sparse kernels pay on this machine: fedsieve bench kernels",
-    "export": "write the final model for use elsewhere: fedsieve export DIR [--compact]",
+    "export": "write the final model for use elsewhere: fedsieve export DIR [--runtime sparse]",
 }
 
 OVERVIEW = f"""\

@@ -218,7 +218,7 @@ class Export:
     """Write the final model for use elsewhere.
 
     Written are:
-      packed.safetensors  the weights kept, one bit a weight for where they stand
+      packed.safetensors  the weights kept, and where they stand
       model.pt            a PyTorch state dict, zeros where weights were pruned
 
     With --compact, without dead channels and neurons, the same function:
@@ -226,7 +226,11 @@ class Export:
                            module of it
       compact.json         widths, parameters and FLOPs before and after
 
-    Example: fedsieve export runs/sparse --compact
+    With --runtime sparse, for fast inference on a CPU:
+      sparse.safetensors   as packed; fedsieve.load_sparse makes a function of
+                           it. With --compact, dead parts are left out first
+
+    Example: fedsieve export runs/sparse --compact --runtime sparse
     """
 
     folder: Positional[Path]
@@ -237,6 +241,10 @@ class Export:
     """also write the network without its dead channels and neurons"""
     multiple: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """widths of the compact network are multiples of it, >= 1, or whole"""
+    runtime: Literal["none", "sparse"] = "none"
+    """also write the network for inference over its kept weights"""
+    values: Literal["fp32", "fp16"] = "fp32"
+    """weights of packed and sparse files; fp16 rounds them"""
 
 
 def export_command(words: list[str]) -> None:
@@ -247,24 +255,38 @@ def export_command(words: list[str]) -> None:
     from fedsieve.finish.export import export
 
     out = asked.out or asked.folder / "export"
-    for path in export(asked.folder, out):
-        print(f"{path}  {path.stat().st_size:,} bytes")
+    for path in export(asked.folder, out, asked.values):
+        _written(path)
+    if not asked.compact and asked.runtime == "none":
+        return
+    from fedsieve.finish import compact, runtime
+    from fedsieve.finish.recipe import Recipe
+
+    config = configs.from_file(asked.folder / "config.toml")
+    spec, data, _ = config.prepare()
+    recipe = Recipe.of(config.model, data)
+    if asked.runtime == "sparse":
+        _written(
+            runtime.export(
+                asked.folder, out, spec, recipe, compacted=asked.compact, multiple=asked.multiple, values=asked.values
+            )
+        )
     if asked.compact:
-        _compact(asked.folder, out, asked.multiple)
+        *paths, sizes = compact.export(asked.folder, out, spec, recipe, multiple=asked.multiple)
+        for path in paths:
+            _written(path)
+        _removed(sizes)
 
 
-def _compact(folder: Path, out: Path, multiple: int) -> None:
-    """Write the compact network of a run and show what was removed."""
+def _written(path: Path) -> None:
+    print(f"{path}  {path.stat().st_size:,} bytes")
+
+
+def _removed(sizes: Mapping[str, Any]) -> None:
+    """Show what compaction removed."""
     from rich.console import Console
     from rich.table import Table
 
-    from fedsieve.finish import compact
-
-    config = configs.from_file(folder / "config.toml")
-    spec, data, _ = config.prepare()
-    *paths, sizes = compact.export(folder, out, spec, config.model, data.classes, multiple=multiple)
-    for path in paths:
-        print(f"{path}  {path.stat().st_size:,} bytes")
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", overflow="fold")
     for heading in ("outputs", "left", "inputs", "left"):

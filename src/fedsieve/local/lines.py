@@ -233,7 +233,7 @@ def largest(_typing, y, begin, y_step, taps, first, t_step, x, base, x_step, at,
         y: where the results go.
         begin: of the first window's in y.
         y_step: from window to window in y.
-        taps: where the taps go.
+        taps: where the taps go; None: nobody needs them.
         first: of the first window's in taps.
         t_step: from window to window in taps.
         x: what the windows lie on.
@@ -244,12 +244,14 @@ def largest(_typing, y, begin, y_step, taps, first, t_step, x, base, x_step, at,
         length: numbers a tap.
         relu: see above.
     """
-    signature = types.void(*_WINDOWS, types.boolean)
+    kept = taps != types.none
+    signature = types.void(*_ROWS, taps, *_WINDOWS[4:], types.boolean)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         y, begin, y_step, taps, first, t_step, x, base, x_step, at, pixels, length, relu = args
         kinds = signature.args
-        out, numbers = _place(context, builder, kinds[0], y, begin), _place(context, builder, kinds[3], taps, first)
+        out = _place(context, builder, kinds[0], y, begin)
+        numbers = _place(context, builder, kinds[3], taps, first) if kept else None
         source, offsets = _place(context, builder, kinds[6], x, base), _place(context, builder, kinds[9], at)
         count = builder.extract_value(context.make_array(kinds[9])(context, builder, at).shape, 0)
         cut, zeros = _spread(builder, builder.trunc(relu, _BIT), _FLAGS), ir.Constant(_VECTOR, [0.0] * LANES)
@@ -265,6 +267,8 @@ def largest(_typing, y, begin, y_step, taps, first, t_step, x, base, x_step, at,
                 line, old = load(k), builder.load(best)
                 larger = builder.or_(builder.fcmp_ordered(">", line, old), builder.fcmp_unordered("uno", line, line))
                 builder.store(builder.select(larger, line, old), best)
+                if not kept:
+                    return
                 number = _spread(builder, builder.trunc(k, _BYTE), _BYTES)
                 builder.store(builder.select(larger, number, builder.load(tap)), tap)
 
@@ -275,7 +279,8 @@ def largest(_typing, y, begin, y_step, taps, first, t_step, x, base, x_step, at,
             dead = builder.and_(builder.fcmp_ordered("<=", value, zeros), cut)
             piece.store([builder.select(dead, zeros, value)], builder.gep(out, [builder.add(builder.mul(w, y_step), c)]))
             number = builder.select(dead, ir.Constant(_BYTES, [NONE] * LANES), number)
-            piece.store([number], builder.gep(numbers, [builder.add(builder.mul(w, t_step), c)]))
+            if numbers is not None:
+                piece.store([number], builder.gep(numbers, [builder.add(builder.mul(w, t_step), c)]))
 
         _each_window(builder, count, pixels, length, work)
         return context.get_dummy_value()

@@ -70,6 +70,11 @@ class Pattern:
         """Number of kept weights."""
         return len(self._output)
 
+    @cached_property
+    def rows(self) -> tuple[Indices, NDArray[np.int64]]:
+        """The input of each weight in row-major order, and where the weights of each output begin."""
+        return self._input, np.searchsorted(self._output, np.arange(self.outputs + 1))
+
     def at(self, height: int, width: int) -> Geometry:
         """Return the sorted weights for images of a size."""
         if (height, width) not in self._geometries:

@@ -11,6 +11,7 @@ outputs while it is in the cache, and what comes out is written where the next l
 one behind the other are one `Chain`, in which nothing is converted.
 
 Inside a chain, images stand in blocks of eight examples, (blocks, C, H, W, 8), and what a linear layer reads is (features, B).
+One example without gradients stands alone, as (C, H, W): a line is then a row of it.
 Outside they are (C, H, W, B): to PyTorch tensors (B, C, H, W) whose strides say where the elements are, so its element-wise
 functions keep that order between chains.
 """
@@ -32,9 +33,14 @@ from torch.autograd.function import once_differentiable
 from fedsieve.local.lines import LANES, PIECE, Floats, Indices, compiled, copied, dots, gather, largest, pieces, routed
 from fedsieve.local.patterns import Pattern
 
+SIZES = 8
+"""sizes and numbers of images whose memory a chain keeps"""
+
 Bytes = NDArray[np.uint8]
 _Lists = tuple[Indices, Indices, NDArray[np.int64], int]
 _Ones = tuple[Floats, Indices, Indices]
+_Kept = tuple[Floats, Floats, Bytes | None]
+"""inputs, values and taps of a stage"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,10 +99,12 @@ def _outside(height: int, width: int, examples: int) -> _Place:
     return _Place(LANES, height * width * examples, width * examples, examples, 1, width, 0, 0)
 
 
-def _inside(channels: int, height: int, width: int, phases: int = 1, top: int = 0, before: int = 0) -> _Place:
-    """Images in blocks within zeros: (blocks, C, height, phases, width, 8)."""
-    row = phases * width * LANES
-    return _Place(channels * height * row, height * row, row, LANES, phases, width, top, before)
+def _inside(
+    channels: int, height: int, width: int, phases: int = 1, top: int = 0, before: int = 0, block: int = LANES
+) -> _Place:
+    """Images in blocks within zeros: (blocks, C, height, phases, width, examples of a block)."""
+    row = phases * width * block
+    return _Place(channels * height * row, height * row, row, block, phases, width, top, before)
 
 
 @compiled
@@ -195,7 +203,7 @@ def _forward(
     relu: bool,
     y: Floats,
     place: _Place,
-    taps: Bytes,
+    taps: Bytes | None,
 ) -> None:
     """Compute the outputs of a stage row by row of windows, and write what is left of each where the next stage reads it."""
     high, wide = sizes.window
@@ -216,6 +224,50 @@ def _forward(
                 for w in range(sizes.columns):
                     pixel, base = to + _pixel(place, w), source + w * wide * examples
                     largest(y, pixel, 0, taps, tap + w * examples, 0, rows, base, 0, window, 1, count, relu)
+
+
+@compiled
+def _forward_one(
+    x: Floats,
+    lists: _Lists,
+    values: Floats,
+    start: Floats,
+    sizes: _Sizes,
+    rows: Floats,
+    window: NDArray[np.int64],
+    relu: bool,
+    y: Floats,
+    place: _Place,
+) -> None:
+    """`_forward` of one example that stands alone; nobody asks for its gradient, so no taps are kept."""
+    high, wide = sizes.window
+    cut, length = pieces(sizes.length), sizes.length
+    for h in range(sizes.rows):
+        _sums(rows, 0, high * length, length, x, h * high * sizes.step, sizes.step, lists, values, 1, start, high, cut)
+        for o in range(sizes.outputs):
+            to = _at(place, 0, o, h)
+            for w in range(sizes.columns):
+                source = o * high * length + w * wide
+                best = rows[source]
+                for k in range(1, len(window)):
+                    tap = rows[source + window[k]]
+                    if tap > best or tap != tap:
+                        best = tap
+                if relu and best <= 0:
+                    best = np.float32(0)
+                y[to + _pixel(place, w)] = best
+
+
+@compiled
+def _linear_one(
+    x: Floats, source: Indices, begin: NDArray[np.int64], values: Floats, start: Floats, relu: bool, y: Floats
+) -> None:
+    """Compute a linear layer on one example that stands alone, in the order of the values: it is bound by reading them."""
+    for o in range(len(start)):
+        total = start[o]
+        for k in range(begin[o], begin[o + 1]):
+            total += values[k] * x[source[k]]
+        y[o] = np.float32(0) if relu and total <= 0 else total
 
 
 @compiled
@@ -330,6 +382,9 @@ def _blocked(x: Floats, shape: tuple[int, int, int, int], y: Floats, place: _Pla
     for i in range(channels):
         for h in range(height):
             source = (i * height + h) * width * examples
+            if place.pixel == 1 and place.phases == 1:
+                copied(y, _at(place, 0, i, h) + place.before, 0, x, source, 0, 1, width)
+                continue
             for b in range((examples + LANES - 1) // LANES):
                 to, base, count = _at(place, b, i, h), source + b * LANES, min(LANES, examples - b * LANES)
                 if place.phases == 1:
@@ -359,12 +414,18 @@ class _Step:
     """A stage on images of one size, a number of them: all that is known before the images are.
 
     Memory that is written anew each time is kept from call to call, with the zeros that stand around images in it.
+
+    Args:
+        stage: the stage.
+        size: height and width of the images.
+        examples: how many.
+        alone: it is one example, and nobody asks for gradients.
     """
 
-    def __init__(self, stage: Stage, size: tuple[int, int], examples: int) -> None:
-        self.stage, self.examples, self.linear = stage, examples, stage.pattern.linear
+    def __init__(self, stage: Stage, size: tuple[int, int], examples: int, alone: bool) -> None:
+        self.stage, self.examples, self.linear, self.alone = stage, examples, stage.pattern.linear, alone
         self.pattern, self.to = stage.pattern, stage.pattern.at(*size)
-        (height, width), (high, wide), block = self.to.out, stage.window, examples if self.linear else LANES
+        (height, width), (high, wide), block = self.to.out, stage.window, examples if self.linear or alone else LANES
         rows, columns, blocks = height // high, width // wide, -(-examples // block)
         x_row = self.pattern.stride[1] * self.to.plane[1] * block
         self.sizes = _Sizes(
@@ -386,7 +447,7 @@ class _Step:
         """where the images stand that this stage reads"""
         if not self.linear:
             self.place = _inside(
-                self.pattern.inputs, self.to.plane[0], self.to.plane[1], self.pattern.stride[1], *self.pattern.padding
+                self.pattern.inputs, *self.to.plane, self.pattern.stride[1], *self.pattern.padding, 1 if alone else LANES
             )
         self.into = _outside(rows, columns, examples)
         """where those go that it writes"""
@@ -410,11 +471,16 @@ class _Step:
         """Take memory back that `room` gave."""
         self._spare.append(x)
 
-    def forward(self, x: Floats, values: Floats, start: Floats, y: Floats) -> Bytes:
-        """Compute the outputs and write them to their place in y; return the tap of each."""
-        sizes = self.sizes
-        taps = np.empty(sizes.blocks * self.outputs * sizes.examples, np.uint8)
-        lists, relu = self.to.forward.arrays, self.stage.relu
+    def forward(self, x: Floats, values: Floats, start: Floats, y: Floats, keep: bool) -> Bytes | None:
+        """Compute the outputs and write them to their place in y; return the tap of each if they are to be kept."""
+        sizes, lists, relu = self.sizes, self.to.forward.arrays, self.stage.relu
+        if self.alone and self.linear:
+            _linear_one(x, *self.pattern.rows, values, start, relu, y)
+            return None
+        if self.alone:
+            _forward_one(x, lists, values, start, sizes, self._rows, self._window, relu, y, self.into)
+            return None
+        taps = np.empty(sizes.blocks * self.outputs * sizes.examples, np.uint8) if keep else None
         _forward(x, lists, values, start, sizes, self._rows, self._window, relu, y, self.into, taps)
         return taps
 
@@ -458,24 +524,53 @@ class Chain:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._stages = tuple(stages)
-        self._steps: dict[tuple[int, int, int], list[_Step]] = {}
+        self._steps: dict[tuple[int, int, int, bool], list[_Step]] = {}
 
     def __call__(self, x: Tensor, values: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
         """Map (B, C, H, W) to the outputs of the last stage, by the kept values and the bias of each stage."""
-        return _Chained.apply(self, x, *values, *biases)  # type: ignore[no-any-return, no-untyped-call]
+        weights = (*values, *biases)
+        if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *weights)):
+            return _Chained.apply(self, x, *weights)  # type: ignore[no-any-return, no-untyped-call]
+        y, steps, kept = self.forward(x, weights, keep=False)
+        _give_back(steps, kept)
+        return y
 
-    def on(self, height: int, width: int, examples: int) -> list[_Step]:
+    def on(self, height: int, width: int, examples: int, alone: bool) -> list[_Step]:
         """Return the stages for images of a size, a number of them."""
-        if (height, width, examples) not in self._steps:
+        key = (height, width, examples, alone)
+        if key not in self._steps:
             size, steps = (height, width), list[_Step]()
             for stage in self._stages:
-                step = _Step(stage, (1, 1) if steps and stage.pattern.linear else size, examples)
+                step = _Step(stage, (1, 1) if steps and stage.pattern.linear else size, examples, alone)
                 if steps and not step.linear:
                     steps[-1].into = step.place
                 steps.append(step)
                 size = step.out
-            self._steps[height, width, examples] = steps
-        return self._steps[height, width, examples]
+            if len(self._steps) == SIZES:
+                self._steps.pop(next(iter(self._steps)))
+            self._steps[key] = steps
+        return self._steps[key]
+
+    def forward(self, x: Tensor, weights: Sequence[Tensor | None], *, keep: bool) -> tuple[Tensor, list[_Step], list[_Kept]]:
+        """Return the outputs, the stages, and what each has read, with its taps if asked to keep them.
+
+        The weights are the values of all stages, then their biases.
+        """
+        images = examples_last(x).numpy()
+        *_, height, width, examples = images.shape
+        steps = self.on(height, width, examples, examples == 1 and not keep)
+        values = [of.detach().numpy() for of in weights[: len(steps)] if of is not None]
+        source = images.reshape(-1)
+        if not steps[0].linear:
+            source = steps[0].room()
+            _blocked(images.reshape(-1), images.shape, source, steps[0].place)
+        kept = []
+        for index, (step, of, bias) in enumerate(zip(steps, values, weights[len(steps) :], strict=True)):
+            y = steps[index + 1].room() if index + 1 < len(steps) else _memory(step.outputs * examples)
+            start = np.zeros(step.sizes.outputs, np.float32) if bias is None else bias.detach().numpy()
+            kept.append((source, of, step.forward(source, of, start, y, keep)))
+            source = y
+        return torch.from_numpy(source).view(-1, *steps[-1].out, examples).permute(3, 0, 1, 2), steps, kept
 
 
 class _Chained(torch.autograd.Function):
@@ -484,23 +579,8 @@ class _Chained(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Chain, x: Tensor, *weights: Any) -> Tensor:
         """See `Chain`."""
-        images = examples_last(x).numpy()
-        *_, height, width, examples = images.shape
-        ctx.steps = steps = chain.on(height, width, examples)
-        values = [kept.detach().numpy() for kept in weights[: len(steps)]]
-        source = images.reshape(-1)
-        if not steps[0].linear:
-            source = steps[0].room()
-            _blocked(images.reshape(-1), images.shape, source, steps[0].place)
-        ctx.kept = []
-        for index, (step, of, bias) in enumerate(zip(steps, values, weights[len(steps) :], strict=True)):
-            y = steps[index + 1].room() if index + 1 < len(steps) else _memory(step.outputs * examples)
-            start = np.zeros(step.sizes.outputs, np.float32) if bias is None else bias.detach().numpy()
-            ctx.kept.append((source, of, step.forward(source, of, start, y)))
-            source = y
-        if not any(ctx.needs_input_grad):
-            _give_back(ctx)
-        return torch.from_numpy(source).view(-1, *steps[-1].out, examples).permute(3, 0, 1, 2)
+        y, ctx.steps, ctx.kept = chain.forward(x, weights, keep=True)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -520,7 +600,8 @@ class _Chained(torch.autograd.Function):
                 grads[count + index] = torch.from_numpy(bias)
             before = steps[index - 1]
             place = _outside(*before.out, step.examples) if step.linear else _inside(before.sizes.outputs, *before.out)
-        _give_back(ctx)
+        _give_back(steps, ctx.kept)
+        ctx.kept = []
         if not to_x:
             return None, None, *grads
         shape = (steps[0].pattern.inputs, *steps[0].to.size, steps[0].examples)
@@ -530,12 +611,11 @@ class _Chained(torch.autograd.Function):
         return None, torch.from_numpy(y).view(shape).permute(3, 0, 1, 2), *grads
 
 
-def _give_back(ctx: Any) -> None:
+def _give_back(steps: Sequence[_Step], kept: Sequence[_Kept]) -> None:
     """Give the memory of the images back that a chain has read."""
-    for index, (step, (x, *_)) in enumerate(zip(ctx.steps, ctx.kept, strict=True)):
+    for index, (step, (x, *_)) in enumerate(zip(steps, kept, strict=True)):
         if index or not step.linear:
             step.give_back(x)
-    ctx.kept = []
 
 
 _NOTHING = np.empty(0, np.float32)
