@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from fedsieve import files
 from fedsieve.bench import history
-from fedsieve.bench.kernels import milliseconds, random_masks
+from fedsieve.bench.kernels import FIRST, milliseconds, random_masks
 from fedsieve.engine.folder import environment
 from fedsieve.engine.transports import keep_freed_memory
 from fedsieve.finish import runtime
@@ -114,7 +114,7 @@ def variants(spec: ModelSpec, masks: Masks, folder: Path) -> tuple[dict[str, Sco
 def measure(density: float, seconds: float) -> list[dict[str, Any]]:
     """Measure the network at a density; return a row for each batch size."""
     spec = build(MODEL, SHAPE, CLASSES)
-    masks = random_masks(spec.layout.slots[0].name, Masks.full(spec.layout), density)
+    masks = random_masks(spec.layout, (min(1.0, FIRST * density), density, density, density))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         acts, sizes = variants(spec, masks, Path(folder))

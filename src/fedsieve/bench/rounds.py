@@ -6,7 +6,8 @@
 
 One local epoch, batch 32, SGD, test accuracy every 5 rounds. The plain loop is one process with torch's default threads, data
 prepared as normalised float tensors, `torch.optim.SGD`, and no bytes at all; fedsieve packs, counts, carries and unpacks every
-message. Rounds of the two alternate, so that both see the same machine; the first five are not counted.
+message. Rounds of the two alternate, so that both see the same machine; the first five are not counted. Then, for the MLP,
+rounds of clients one by one and in groups (engine.group) take turns.
 
 The limit is what the processor's matrix product would take for all multiplications and additions of a round, evaluation
 included: a product of 1,024 x 1,024 numbers, one process of one thread for each worker at once, before and after the rounds.
@@ -19,24 +20,29 @@ import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedsieve import files
+from fedsieve.algorithms.base import Job
 from fedsieve.algorithms.fedavg import FedAvg
 from fedsieve.bench import history
 from fedsieve.bench.codec import exchange_seconds
 from fedsieve.data.batches import Federation, federate
 from fedsieve.data.datasets import load
 from fedsieve.engine.folder import environment
+from fedsieve.engine.handle import Plan
 from fedsieve.engine.loop import fit
-from fedsieve.engine.round import Row
+from fedsieve.engine.round import Row, play
+from fedsieve.engine.transports import Workers
 from fedsieve.models.spec import build
 from fedsieve.settings import Data, Engine, Local, Model
 from fedsieve.streams import Streams
@@ -45,6 +51,8 @@ LR = 0.05
 BATCH = 32
 EVERY = 5
 """rounds between evaluations, and rounds that are not counted"""
+GROUPS = (1, 5, 10)
+"""clients that are trained in one batch"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +133,29 @@ def _multiply(seconds: float, side: int = 1024) -> float:
     return 2 * side**3 * count / (perf_counter() - began)
 
 
+def batched(task: Task, workers: int = 2) -> dict[int, float]:
+    """Play a task one by one and in groups, round by round in turn; return rounds per second by size, over those one by one."""
+    settings = Data(name="fashion-mnist", clients=task.clients)
+    data = federate(load(settings), settings, Streams(0))
+    spec = build(task.model, data.shape, data.classes)
+    algorithm, rounds, local = FedAvg(), EVERY + task.rounds, Local(lr=LR, batch=BATCH)
+    job = Job(spec, spec.initial("glorot", Streams(0)), rounds, task.clients, Streams(0))
+    engine = Engine(rounds=rounds, cohort=task.cohort, eval_every=rounds, eval_clients=0)
+    states = dict.fromkeys(GROUPS, algorithm.init(job))
+    seconds: dict[int, list[float]] = {size: [] for size in GROUPS}
+    with ExitStack() as opened:
+        transports = {size: Workers(Plan(algorithm, spec, data, local, rounds, 0, size), workers) for size in GROUPS}
+        for transport in transports.values():
+            opened.callback(transport.close)
+        for round in range(1, rounds):
+            for size, transport in transports.items():
+                began = perf_counter()
+                states[size], _ = play(algorithm, states[size], round, job, engine, transport)
+                seconds[size].append(perf_counter() - began)
+    usual = {size: statistics.median(taken[EVERY:]) for size, taken in seconds.items()}
+    return {size: usual[1] / taken for size, taken in usual.items()}
+
+
 def textbook(model: Model) -> nn.Module:
     """Return the network as a tutorial writes it."""
     if model.name == "cnn":
@@ -176,7 +207,7 @@ def _tensors(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tens
 def main() -> int:
     """Print a line a job, and keep the figures in results/bench_rounds.json."""
     chosen = [task for task in TASKS if not sys.argv[1:] or task.name in sys.argv[1:]]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for task in chosen:
         row = measure(task)
         rows.append({"job": task.name, **row})
@@ -187,6 +218,10 @@ def main() -> int:
             f"  codec {row['codec_share']:.1%} of a round  accuracy {row['accuracy']:.3f} / {row['plain_accuracy']:.3f}",
             flush=True,
         )
+        if task.model.name == "mlp":
+            rows[-1]["groups"] = found = batched(task)
+            history.add("rounds", {f"{task.name} in groups of {size}": ratio for size, ratio in found.items() if size > 1})
+            print(f"{task.name}  in groups: " + "  ".join(f"{size}: {ratio:.2f}" for size, ratio in found.items()), flush=True)
     if len(chosen) == len(TASKS):
         files.replace(Path("results/bench_rounds.json"), json.dumps({"jobs": rows, **environment()}, indent=2) + "\n")
     return 0

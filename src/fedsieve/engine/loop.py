@@ -19,6 +19,7 @@ from fedsieve.engine.round import Row, play, total
 from fedsieve.engine.states import ClientStates
 from fedsieve.engine.transports import Sequential, Transport, Workers
 from fedsieve.errors import Diverged, Interrupted, UsageError
+from fedsieve.local.batched import obstacle
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Masks, Params
 from fedsieve.settings import Engine, Local, as_table
@@ -88,6 +89,8 @@ def fit(
     if local.device != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"local.device = {local.device!r}: this PyTorch finds no CUDA device. Use cpu.")
     spec = model if isinstance(model, ModelSpec) else ModelSpec.of(model, data.example())
+    if engine.group > 1 and (why := obstacle(spec, local, data.train)):
+        raise UsageError(f"engine.group = {engine.group} does not go with model {spec.name!r}. {why}\nSet engine.group = 1.")
     streams = Streams(engine.seed)
     job = Job(spec, start or spec.initial("module", streams), engine.rounds, len(data.parts), streams)
     config = config or _described(algorithm, spec, data, local, engine)
@@ -99,7 +102,7 @@ def fit(
             run = folder.restore(job.layout, type(algorithm).__module__) or run
         folder.describe(config, data.manifest())
         states = folder.states
-    plan = Plan(algorithm, spec, data, local, engine.rounds, engine.seed)
+    plan = Plan(algorithm, spec, data, local, engine.rounds, engine.seed, engine.group)
     transport: Transport = Workers(plan, engine.workers, states) if engine.workers else Sequential(plan, states)
     try:
         while run.round < engine.rounds:

@@ -1,7 +1,7 @@
 """Carriers of payloads between the server and simulated clients: in this process, or in worker processes.
 
-Both play the same clients with the same one-thread kernels and hand replies back in ascending client id, so a result does not
-depend on which one is used, nor on the number of workers.
+Both play the same groups of clients with the same one-thread kernels and hand replies back in ascending client id, so a result
+does not depend on which one is used, nor on the number of workers. One worker plays a group, by default one client.
 """
 
 from __future__ import annotations
@@ -16,30 +16,32 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from fedsieve.data.partition import Parts
 from fedsieve.engine.arena import Arena, SharedTensor
-from fedsieve.engine.handle import Device, Plan, handle
+from fedsieve.engine.handle import Answer, Device, Plan
 from fedsieve.engine.states import ClientStates
 from fedsieve.errors import Diverged, FedsieveError
 from fedsieve.local.executor import EVALUATION_BATCH, Metrics
 from fedsieve.params import Layout, Masks, Params
-from fedsieve.wire.message import WireError, pack_into, packed_size
+from fedsieve.wire.message import Message, WireError, pack, pack_into, packed_size
 
 SHARD = 8 * EVALUATION_BATCH
 """test examples that the server evaluates in one piece; sums are taken over pieces in order"""
 
 AHEAD = 4
-"""clients per worker that may be under way before the next reply in order has come: bounds the server's memory"""
+"""clients per worker, or two groups if that is more, that may be under way before the next reply in order has come: bounds the
+server's memory"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +92,13 @@ class Sequential:
 
     def exchange(self, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes | bytearray | Lost]]:
         """Carry each client's request to it; yield the replies in ascending client id."""
-        for client in sorted(requests):
-            try:
-                reply, mine = handle(self._device, client, requests[client], self.states.get(client))
-            except (FedsieveError, WireError) as error:
-                yield client, _lost(error)
-                continue
-            if mine is not None:
-                self.states.put(client, mine)
-            yield client, reply
+        for group in groups(requests, self._plan.group):
+            asked = [(client, requests[client], self.states.get(client)) for client in group]
+            for client, answer in zip(group, self._device.answers(asked), strict=True):
+                payload, mine = _sent(answer, pack)
+                if mine is not None:
+                    self.states.put(client, mine)
+                yield client, payload
 
     def evaluate(self, params: Params, masks: Masks) -> Metrics:
         """Evaluate on the server's test examples."""
@@ -135,7 +135,7 @@ class Workers:
         with _OneThreadEach():
             for _ in range(count):
                 ours, theirs = context.Pipe()
-                slots = Arena(2 * _room(self._layout))
+                slots = Arena(2 * plan.group * _room(self._layout))
                 process = context.Process(
                     target=_work, args=(theirs, ours, shared, self._sent, slots, os.getpid()), daemon=True
                 )
@@ -149,33 +149,34 @@ class Workers:
 
     def exchange(self, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes | bytearray | Lost]]:
         """Carry each client's request to it; yield the replies in ascending client id."""
-        order = sorted(requests)
+        order = groups(requests, self._plan.group)
         places = self._place(requests)
         # A second request may wait at a worker only if it is small: a large one would block this end while the worker, blocked
         # by its own large answer, does not read.
         small = len(places) == len(set(map(id, requests.values()))) and not self.states
         depth = 2 if small and len(order) >= 8 * len(self._pipes) else 1
+        ahead = max(AHEAD // self._plan.group, 2 if self._plan.group > 1 else 1) * len(self._pipes)
         queued = [0] * len(self._pipes)
         ready: dict[int, bytes | bytearray | Lost] = {}
         handed = 0
-        for done, client in enumerate(order):
-            while client not in ready:
-                while handed < min(len(order), done + AHEAD * len(self._pipes)) and min(queued) < depth:
+        for done, group in enumerate(order):
+            while group[0] not in ready:
+                while handed < min(len(order), done + ahead) and min(queued) < depth:
                     worker = queued.index(min(queued))
-                    request = requests[order[handed]]
-                    self._send(
-                        worker, ("client", order[handed], places.get(id(request), request), self.states.get(order[handed]))
-                    )
+                    sent = [(client, requests[client], self.states.get(client)) for client in order[handed]]
+                    self._send(worker, ("clients", [(who, places.get(id(what), what), mine) for who, what, mine in sent]))
                     queued[worker] += 1
                     handed += 1
                 for worker in self._ready():
-                    answered, reply, mine, flops = self._receive(worker)
+                    answers, flops = self._receive(worker)
                     queued[worker] -= 1
                     self.flops += flops
-                    ready[answered] = self._fetch(worker, reply)
-                    if mine is not None:
-                        self.states.put(answered, mine)
-            yield client, ready.pop(client)
+                    for client, reply, mine in answers:
+                        ready[client] = self._fetch(worker, reply)
+                        if mine is not None:
+                            self.states.put(client, mine)
+            for client in group:
+                yield client, ready.pop(client)
 
     def evaluate(self, params: Params, masks: Masks) -> Metrics:
         """Evaluate on the server's test examples, in pieces spread over the workers."""
@@ -254,6 +255,13 @@ class Workers:
         return FedsieveError(f"worker {worker} ended unexpectedly ({how}); if memory ran out, use fewer engine.workers.")
 
 
+def groups(clients: Iterable[int], most: int) -> list[list[int]]:
+    """Share clients out, ascending, among as few groups of at most `most` as suffice, as evenly as can be."""
+    order = sorted(clients)
+    count = -(-len(order) // most)
+    return [order[part * len(order) // count : (part + 1) * len(order) // count] for part in range(count)]
+
+
 def peak_memory() -> int:
     """Return this process's largest resident memory so far, in bytes."""
     with suppress(OSError), open("/proc/self/status") as status:
@@ -280,8 +288,18 @@ def _room(layout: Layout) -> int:
     return 4 * layout.size + layout.maskable // 8 + (1 << 16)
 
 
-def _lost(error: Exception) -> Lost:
-    return Lost(str(error), diverged=isinstance(error, Diverged))
+R = TypeVar("R")
+
+
+def _sent(answer: Answer | FedsieveError | WireError, put: Callable[[Message], R]) -> tuple[R | Lost, bytes | None]:
+    """Pack a client's reply; return what `put` returns, and the state that the client keeps. A client may be lost here too."""
+    try:
+        if isinstance(answer, Exception):
+            raise answer
+        reply, mine = answer
+        return put(reply), mine
+    except (FedsieveError, WireError) as error:
+        return Lost(str(error), diverged=isinstance(error, Diverged)), None
 
 
 def _shards(plan: Plan) -> int:
@@ -357,7 +375,7 @@ def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots:
     try:
         plan = _whole(shared)
         device = Device(plan)
-        room, turn = slots.nbytes // 2, 0
+        room, turn = slots.nbytes // (2 * plan.group), 0
         views: dict[tuple[int, int], memoryview] = {}
         while True:
             task = _receive(pipe)
@@ -368,14 +386,17 @@ def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots:
             elif task[0] == "memory":
                 _send(pipe, peak_memory())
             else:
-                _, client, place, mine = task
-                payload: bytes | memoryview = place
-                if isinstance(place, tuple):
-                    payload = views.setdefault(place, sent.view[place[0] : place[1]].toreadonly())
+                asked = [
+                    (client, views.setdefault(at, sent.view[slice(*at)].toreadonly()) if isinstance(at, tuple) else at, mine)
+                    for client, at, mine in task[1]
+                ]
                 before = device.executor.flops
                 turn = 1 - turn
-                reply, mine = _play(device, client, payload, mine, slots.view[turn * room : (turn + 1) * room], turn * room)
-                _send(pipe, (client, reply, mine, device.executor.flops - before))
+                answers = []
+                for place, ((client, *_), answer) in enumerate(zip(asked, device.answers(asked), strict=True)):
+                    begin = (turn * plan.group + place) * room
+                    answers.append((client, *_sent(answer, partial(_put, slots.view[begin : begin + room], begin))))
+                _send(pipe, (answers, device.executor.flops - before))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except BaseException:
@@ -383,21 +404,15 @@ def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots:
             _send(pipe, _Failure(traceback.format_exc()))
 
 
-def _play(
-    device: Device, client: int, payload: bytes | memoryview, mine: bytes | None, slot: memoryview, begin: int
-) -> tuple[Any, bytes | None]:
-    """Play one client; return where in the slots the reply stands, or the reply itself if it has no room there."""
-    try:
-        message, mine = device.answer(client, payload, mine)
-        size = packed_size(message)
-        if size > len(slot):
-            whole = bytearray(size)
-            pack_into(message, memoryview(whole))
-            return bytes(whole), mine
-        pack_into(message, slot[:size])
-        return (begin, begin + size), mine
-    except (FedsieveError, WireError) as error:
-        return _lost(error), None
+def _put(slot: memoryview, begin: int, message: Message) -> tuple[int, int] | bytes:
+    """Pack a reply into its slot; return where it stands in the block, or the reply itself if it has no room there."""
+    size = packed_size(message)
+    if size > len(slot):
+        whole = bytearray(size)
+        pack_into(message, memoryview(whole))
+        return bytes(whole)
+    pack_into(message, slot[:size])
+    return begin, begin + size
 
 
 def _send(pipe: Connection, content: Any) -> None:
@@ -424,3 +439,4 @@ def keep_freed_memory() -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings for large blocks
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+            libc.mallopt(-8, 1)  # M_ARENA_MAX: the threads of a group take turns, so one heap does for all

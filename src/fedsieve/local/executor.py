@@ -7,7 +7,7 @@ everything that goes in and out is in the order of the layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -129,10 +129,10 @@ class Executor:
                     optim.step(torch.autograd.grad(loss, bound.parameters, materialize_grads=True))
                     total.add_(loss.detach(), alpha=y.numel())
                     predictions += y.numel()
-        self.flops += 3 * epochs * len(order) * self._forward_flops(masks)
+        self.flops += 3 * epochs * len(order) * self.forward_flops(masks)
         mean_loss = float(total) / max(1, predictions)
         if not isfinite(mean_loss) or not finite(bound.weights):
-            raise Diverged(f"client {streams.client}, round {streams.round}: the training loss is {mean_loss}")
+            raise diverged(streams, mean_loss)
         kept = None if velocity is None else form.outward(velocity, torch.zeros(layout.trainable))
         return Trained(Params(layout, form.outward(bound.weights, params.flat)), len(order), mean_loss, kept)
 
@@ -187,7 +187,8 @@ class Executor:
         """The form of all weights."""
         return Whole(self.spec, self.local)
 
-    def _forward_flops(self, masks: Masks | None) -> int:
+    def forward_flops(self, masks: Masks | None) -> int:
+        """Floating-point operations of one example's forward pass."""
         return self.spec.density_flops(masks) if masks is not None else sum(self.spec.flops.values())
 
     def _arithmetic(self) -> AbstractContextManager[object]:
@@ -197,7 +198,10 @@ class Executor:
 
 
 class Client:
-    """What a method may touch on the client's side: its id, its data through the executor, its random streams."""
+    """What a method may touch on the client's side: its id, its data through the executor, its random streams.
+
+    `train_by` stands in for `executor.train` where clients are trained together.
+    """
 
     def __init__(
         self,
@@ -208,9 +212,11 @@ class Client:
         test: Examples,
         share: NDArray[np.int64],
         streams: Streams,
+        train_by: Callable[..., Trained] | None = None,
     ) -> None:
         self.id, self.stream, self.rounds = id, streams, executor.rounds
         self._executor, self._train, self._part, self._test, self._share = executor, train, part, test, share
+        self._train_by = train_by or executor.train
 
     @property
     def examples(self) -> int:
@@ -245,7 +251,7 @@ class Client:
         Raises:
             Diverged: the loss or a parameter is not finite.
         """
-        return self._executor.train(
+        return self._train_by(
             params,
             self._train,
             self._part,
@@ -260,6 +266,11 @@ class Client:
     def evaluate(self, params: Params, masks: Masks | None = None) -> Metrics:
         """Evaluate on the client's own test examples, `params` being zero where the masks are."""
         return self._executor.evaluate(params, self._test, self._share, masks)
+
+
+def diverged(streams: Streams, mean_loss: float) -> Diverged:
+    """Return the error of a client whose loss or parameters are not finite."""
+    return Diverged(f"client {streams.client}, round {streams.round}: the training loss is {mean_loss}")
 
 
 def _mode(module: nn.Module, *, training: bool) -> None:

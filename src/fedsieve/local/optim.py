@@ -20,7 +20,7 @@ def rate(local: Local, round: int, rounds: int) -> float:
 
 
 class Sgd:
-    """One client's optimiser over the flat trainable vector, in place.
+    """A client's optimiser over the flat trainable vector, or that of several with a row each, in place.
 
         g = gradient + weight_decay * w + proximal * (w - anchor), zero where pruned;  v = momentum * v + g
         w -= lr * (g + momentum * v if nesterov else v)
@@ -32,9 +32,9 @@ class Sgd:
     Args:
         local: momentum, nesterov, weight_decay.
         lr: learning rate.
-        weights: shape (trainable,), and its views, one a tensor.
-        gradient: shape (trainable,), and its views; working memory.
-        velocity: shape (trainable,); None without momentum.
+        weights: shape (..., trainable), and its views, one a tensor; views are for `step` only.
+        gradient: shape (..., trainable), and its views; working memory.
+        velocity: shape (..., trainable); None without momentum.
         support: shape (maskable,), 0.0 or 1.0, and its views, one a maskable tensor; None without a mask.
         proximal: weight of (1/2)||w - anchor||^2 (FedProx: Li et al. 2020, arXiv 1812.06127, equation 2).
     """
@@ -51,26 +51,37 @@ class Sgd:
     ) -> None:
         self._local, self._lr, self._proximal, self._velocity = local, lr, proximal, velocity
         (self._weights, self._weight_views), (self._gradient, self._gradient_views) = weights, gradient
-        self._support, self._support_views = support or (self._gradient[:0], [])
+        self._support, self._support_views = support or (self._gradient[..., :0], [])
         self._anchor = self._weights.clone() if proximal else None
-        self._plain = velocity is None and not proximal and not local.weight_decay
+        self.plain = velocity is None and not proximal and not local.weight_decay
+        """whether a step is a gradient times the learning rate, and no more"""
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...]) -> None:
         """Move the weights by one step along the gradients of the tensors, in the order of the views."""
-        if self._plain:
+        if self.plain:
             if self._support_views:  # maskable tensors come first
                 torch._foreach_mul_(gradients[: len(self._support_views)], self._support_views)
             torch._foreach_add_(self._weight_views, gradients, alpha=-self._lr)
             return
         torch._foreach_copy_(self._gradient_views, gradients)
+        self.move()
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Move the weights by one step along the flat gradient; by the plain rule they have moved already, but for the mask."""
         weights, gradient = self._weights, self._gradient
+        support = self._support.shape[-1]
+        if self.plain:
+            if support:
+                weights[..., :support].mul_(self._support)
+            return
         if self._local.weight_decay:
             gradient.add_(weights, alpha=self._local.weight_decay)
         if self._anchor is not None:
             gradient.add_(weights, alpha=self._proximal).sub_(self._anchor, alpha=self._proximal)
-        if self._support_views:
-            gradient[: len(self._support)].mul_(self._support)
+        if support:
+            gradient[..., :support].mul_(self._support)
         if self._velocity is None:
             weights.add_(gradient, alpha=-self._lr)
             return
