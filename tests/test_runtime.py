@@ -400,7 +400,7 @@ def test_the_variants_of_the_bench_have_the_same_scores(tmp_path):
     from fedsieve.bench.kernels import random_masks
 
     spec = build(MODEL, SHAPE, CLASSES)
-    masks = random_masks(spec.layout.slots[0].name, Masks.full(spec.layout), 0.05)
+    masks = random_masks(spec.layout, (min(1.0, 6 * 0.05), 0.05, 0.05, 0.05))
     acts, sizes = variants(spec, masks, tmp_path)
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
     scores = {name: act(x) for name, act in acts.items()}
