@@ -1,5 +1,6 @@
 """Sparse kernels against dense masked layers: values, gradients, whole networks, training."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedsieve.local.forms import Kept, sparse_layers
 from fedsieve.local.lines import pieces
 from fedsieve.local.patterns import Pattern
 from fedsieve.local.sparse_kernels import Chain, Stage, convolve, linear
+from fedsieve.local.sparse_network import sparsify
 from fedsieve.models.spec import ModelSpec, build
 from fedsieve.params import Masks, Params
 from fedsieve.settings import Local, Model
@@ -64,10 +66,11 @@ def test_pieces_cover_a_line_without_gap_or_overlap(length):
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     biased=st.booleans(),
+    to_x=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_convolution_equals_the_dense_one(
-    examples, groups, inputs, outputs, size, taps, stride, padding, dilation, density, biased, seed
+    examples, groups, inputs, outputs, size, taps, stride, padding, dilation, density, biased, to_x, seed
 ):
     spans = [(t - 1) * d + 1 for t, d in zip(taps, dilation, strict=True)]
     padding = tuple(max(p, -(-(span - side) // 2)) for p, span, side in zip(padding, spans, size, strict=True))
@@ -76,15 +79,15 @@ def test_convolution_equals_the_dense_one(
     mask = torch.from_numpy(kept)
     weight = (torch.randn(kept.shape) * mask).requires_grad_()
     bias = torch.randn(len(kept), requires_grad=True) if biased else None
-    x = torch.randn(examples, inputs * groups, *size, requires_grad=True)
+    x = torch.randn(examples, inputs * groups, *size, requires_grad=to_x)
     dense = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     values = weight.detach()[mask].requires_grad_()
     ours = convolve(x, values, bias, Pattern(kept, stride, padding, dilation, groups))
     gradient = torch.randn_like(dense)
-    wanted = [x, weight] + ([bias] if biased else [])
-    theirs = torch.autograd.grad(dense, wanted, gradient)
-    found = torch.autograd.grad(ours, [x, values] + ([bias] if biased else []), gradient)
-    assert_close([ours.detach(), *found], [dense.detach(), theirs[0], theirs[1][mask], *theirs[2:]], 2e-5)
+    others = ([bias] if biased else []) + ([x] if to_x else [])
+    theirs = torch.autograd.grad(dense, [weight, *others], gradient)
+    found = torch.autograd.grad(ours, [values, *others], gradient)
+    assert_close([ours.detach(), *found], [dense.detach(), theirs[0][mask], *theirs[1:]], 2e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -184,7 +187,7 @@ def test_training_equals_dense_masked_training(name, momentum):
     masks = Masks(spec.layout, torch.from_numpy(kept_of(np.random.default_rng(2), spec.layout.maskable, 0.15)))
     # Statistics of 1 x 1 images amplify rounding from step to step: one step of vgg11 says as much.
     order = np.arange(8 if name == "vgg11" else 30)
-    local = Local(lr=0.05, batch=8, momentum=momentum, weight_decay=0.01 if momentum else 0.0)
+    local = Local(lr=0.05, batch=12, momentum=momentum, weight_decay=0.01 if momentum else 0.0)
     assert len(sparse_layers(spec.module, masks, local)) >= (1 if name == "charlstm" else 3)
     found = []
     for setting in (local, replace(local, sparse_conv=0.0, sparse_linear=0.0, convolution="library")):
@@ -197,6 +200,10 @@ def test_training_equals_dense_masked_training(name, momentum):
     (ours, measured), (theirs, expected) = found
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
     assert_close([ours.params.flat], [theirs.params.flat], 1e-5)
+    begin = start.under(masks)
+    for name in spec.layout.named:  # what was learned, too: it is small beside the start
+        moved = [trained.params[name] - begin[name] for trained in (ours, theirs)]
+        assert_close(moved[:1], moved[1:], 1e-3 + 3e-7 / max(1e-9, float(moved[1].abs().max())))
     assert bool((ours.params.maskable[~masks.kept] == 0).all())
     assert measured.loss == pytest.approx(expected.loss, rel=1e-4)
     if momentum:
@@ -306,6 +313,41 @@ def test_a_second_gradient_is_refused():
     torch.autograd.grad(y.sum(), values, retain_graph=True)
     with pytest.raises(RuntimeError, match="asked for once"):
         torch.autograd.grad(y.sum(), values)
+
+
+def test_layers_of_a_sequence_may_be_called_one_by_one():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            body = nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+            self.body, self.head = nn.Sequential(*body), nn.Linear(4, 3)
+
+        def forward(self, x):
+            first = self.body[0](x)
+            for layer in self.body:
+                x = layer(x)
+            return self.head((x + first + self.body[:2](x[:, :2])).mean((2, 3)))
+
+    spec = ModelSpec.of(Skips(), torch.randn(1, 2, 6, 6))
+    start, examples, order = spec.initial("glorot", Streams(0)), torch.randn(20, 2, 6, 6), np.arange(20)
+    masks = Masks(spec.layout, torch.from_numpy(kept_of(np.random.default_rng(1), spec.layout.maskable, 0.3)))
+    data = Examples(examples.contiguous(memory_format=torch.channels_last), torch.arange(20) % 3, (), ())
+    found = [
+        Executor(spec, setting, 1).train(start, data, order, Streams(0).at(round=1, client=0), masks=masks).params.flat
+        for setting in (Local(sparse_conv=1.0, sparse_linear=1.0), Local(sparse_conv=0.0, sparse_linear=0.0))
+    ]
+    assert_close(found[:1], found[1:])
+
+
+def test_hooks_in_a_sequence_are_called():
+    spec = build(Model(name="cnn"), (1, 12, 12), 5)
+    masks = Masks(spec.layout, torch.from_numpy(kept_of(np.random.default_rng(1), spec.layout.maskable, 0.2)))
+    module, seen = deepcopy(spec.module), []
+    for name in ("conv2", "relu1"):
+        module.get_submodule(name).register_forward_hook(lambda layer, x, y: seen.append(tuple(y.shape)))
+    sparsify(module, masks, ["conv1", "conv2", "fc1", "fc2"])
+    module(torch.randn(2, 1, 12, 12))
+    assert seen == [(2, 32, 6, 6), (2, 64, 6, 6)]
 
 
 def test_a_run_on_sparse_kernels_is_the_same_for_any_number_of_workers(monkeypatch):

@@ -295,6 +295,8 @@ def _backward(
     examples, cut, length = sizes.examples, pieces(sizes.length), sizes.length
     for b in range(sizes.blocks):
         count = sizes.last if b == sizes.blocks - 1 and place.pixel != examples else examples
+        if count < examples and not whole:
+            out[:] = 0  # of the block before: blank examples have no gradient
         for h in range(sizes.rows):
             begin = b * frame.block + (frame.top + h * high) * frame.row + frame.before * examples if whole else 0
             for o in range(sizes.outputs):

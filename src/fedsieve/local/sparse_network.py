@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -14,34 +14,36 @@ from fedsieve.local.patterns import Pattern
 from fedsieve.local.sparse_kernels import Chain, Stage
 from fedsieve.params import Masks
 
+Apply = Callable[[Tensor], Tensor]
+
 
 class _Link(NamedTuple):
-    """A layer in a chain, with the layers behind it whose work it does."""
+    """A sparse layer among the children of a sequence, and the stage that does its work and that of those behind it."""
 
     layer: nn.Module
     stage: Stage
-    done: list[nn.Module]
+    flat: bool
+    """its outputs are flattened for a linear layer"""
+    end: int
+    """place of the first child whose work it does not do"""
 
 
 def sparsify(module: nn.Module, masks: Masks, names: Sequence[str]) -> None:
-    """Have the named layers of a module computed over their kept weights, which their `weight` then holds, shape (kept,)."""
+    """Have the named layers of a module computed over their kept weights, which their `weight` then holds, shape (kept,).
+
+    A layer computes itself, however it is called. An `nn.Sequential`, called as a whole, computes its layers as chains.
+    """
     patterns = {}
     for name in names:
         layer = module.get_submodule(name)
         kept = masks[f"{name}.weight"]
         patterns[layer] = _pattern(layer, kept)
         layer.weight = nn.Parameter(layer.get_parameter("weight").detach()[kept])
+        layer.forward = _joined([_Link(layer, Stage(patterns[layer]), False, 0)])
     keep_last(module)
-    lone = dict(patterns)
-    shared = Counter(id(child) for parent in module.modules() for child in parent._modules.values())
     for parent in module.modules():
-        if type(parent) is nn.Sequential:
-            for chain in _chains(parent, patterns, shared):
-                for link in chain:
-                    lone.pop(link.layer, None)
-                _join(chain)
-    for layer, pattern in lone.items():
-        _join([_Link(layer, Stage(pattern), [])])
+        if type(parent) is nn.Sequential and any(child in patterns for child in parent):
+            parent.forward = partial(_in_turn, list(_applied(list(parent), patterns)))  # type: ignore[method-assign]
 
 
 def _pattern(layer: nn.Module, kept: Tensor) -> Pattern:
@@ -52,55 +54,56 @@ def _pattern(layer: nn.Module, kept: Tensor) -> Pattern:
     return Pattern(kept.numpy())
 
 
-def _chains(parent: nn.Sequential, patterns: Mapping[nn.Module, Pattern], shared: Counter[int]) -> Iterator[list[_Link]]:
-    """Yield the runs of layers that follow one another and can be one chain."""
-    chain: list[_Link] = []
-    children = [child for child in parent if type(child) is not nn.Identity]
+def _applied(children: Sequence[nn.Module], patterns: Mapping[nn.Module, Pattern]) -> Iterator[Apply]:
+    """Yield what computes the children of a sequence: chains, and children as they are."""
     place = 0
     while place < len(children):
-        layer = children[place]
-        place += 1
-        if layer not in patterns or shared[id(layer)] > 1:
-            yield from [chain] if chain else []
-            chain = []
-            continue
-        window, relu, done = (1, 1), False, []
-        linear = isinstance(layer, nn.Linear)
-        for follower in children[place:]:
-            pooled = window_of(follower) if type(follower) is nn.MaxPool2d and window == (1, 1) and not linear else None
-            if shared[id(follower)] > 1 or not (pooled or type(follower) is nn.ReLU):
-                break
-            window, relu = pooled or window, relu or not pooled
-            done.append(follower)
-        place += len(done)
-        following = children[place] if place < len(children) else None
-        flat = type(following) is nn.Flatten and (following.start_dim, following.end_dim) == (1, -1) and not linear
-        if following is not None and flat and place + 1 < len(children) and children[place + 1] in patterns:
-            done.append(following)
-            place += 1
-        chain.append(_Link(layer, Stage(patterns[layer], window, relu), done))
-        follows = children[place] if place < len(children) else None
-        goes_on = isinstance(follows, nn.Linear if linear or following in done else nn.Conv2d)
-        if not goes_on:
-            yield chain
-            chain = []
-    if chain:
-        yield chain
+        links = list(_links(children, place, patterns))
+        yield _joined(links) if links else children[place]
+        place = links[-1].end if links else place + 1
 
 
-def _join(chain: list[_Link]) -> None:
-    """Have the first layer of a chain compute all of it."""
-    layers = [link.layer for link in chain]
-    run = partial(_run, Chain([link.stage for link in chain]), layers)
-    for layer in layers:
-        layer.forward = _same
-    for link in chain:
-        for layer in link.done:
-            layer.forward = _same
-    layers[0].forward = run
+def _links(children: Sequence[nn.Module], place: int, patterns: Mapping[nn.Module, Pattern]) -> Iterator[_Link]:
+    """Yield the layers from a place on that can be one chain."""
+    link = None
+    while place < len(children) and children[place] in patterns and not _hooked(children[place]):
+        linear = isinstance(children[place], nn.Linear)
+        if link is not None and linear is not (link.flat or isinstance(link.layer, nn.Linear)):
+            return
+        link = _link(children, place, patterns)
+        yield link
+        place = link.end
 
 
-def _same(x: Tensor) -> Tensor:
+def _link(children: Sequence[nn.Module], place: int, patterns: Mapping[nn.Module, Pattern]) -> _Link:
+    """Take a sparse layer with the pooling, ReLU and flattening behind it."""
+    layer = children[place]
+    linear, window, relu, end = isinstance(layer, nn.Linear), (1, 1), False, place + 1
+    for follower in children[end:]:
+        pooled = window_of(follower) if type(follower) is nn.MaxPool2d and window == (1, 1) and not linear else None
+        if _hooked(follower) or not (pooled or type(follower) in (nn.ReLU, nn.Identity)):
+            break
+        window, relu, end = pooled or window, relu or type(follower) is nn.ReLU, end + 1
+    flat = False
+    for follower, next_ in pairwise(children[end : end + 2]):
+        flattens = type(follower) is nn.Flatten and (follower.start_dim, follower.end_dim) == (1, -1)
+        flat = flattens and not linear and not _hooked(follower) and next_ in patterns and isinstance(next_, nn.Linear)
+    return _Link(layer, Stage(patterns[layer], window, relu), flat, end + flat)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether somebody wants to be told when the layer is called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def _joined(links: Sequence[_Link]) -> Apply:
+    """Return what computes some layers as a chain."""
+    return partial(_run, Chain([link.stage for link in links]), [link.layer for link in links])
+
+
+def _in_turn(applied: Sequence[Apply], x: Tensor) -> Tensor:
+    for apply in applied:
+        x = apply(x)
     return x
 
 
