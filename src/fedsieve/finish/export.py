@@ -88,7 +88,7 @@ def pack(tensors: Mapping[str, Tensor], values: Values = "fp32", metadata: Mappi
                 elements = elements.astype(np.float16)
         kept = elements != 0
         count = int(kept.sum())
-        bits = kept.size / 8
+        bits = -(-kept.size // 8)  # bytes, at one bit an element
         if tensor.dtype != torch.float32 or (kept.size - count) * elements.itemsize <= bits:
             content[name] = tensor
             continue
