@@ -39,3 +39,12 @@ def same(a, b):
     """Whether two tensors or arrays are equal bit for bit."""
     a, b = np.asarray(a), np.asarray(b)
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@pytest.fixture
+def one_thread():
+    """Numbers are compared bit for bit, or time is short: torch computes on one thread, as workers do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -47,12 +47,7 @@ NAMES = ["plain", "momentum", "nesterov", "decay"]
 SIZES = ([40, 40, 40, 40], [40, 3, 17, 40, 0, 16, 20])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def table(examples, features=13):

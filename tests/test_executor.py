@@ -11,13 +11,7 @@ from conftest import same
 from fedsieve import Diverged, Local, Masks, Model, ModelSpec, Params, Streams, build
 from fedsieve.local.executor import Executor
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network():
