@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from conftest import same
 from fedsieve import (
@@ -130,7 +129,7 @@ def test_sequences_and_layers_without_bias_are_trained_as_one_by_one():
     x = torch.from_numpy(Streams(0)("x").numpy().normal(size=(60, 5, 6)).astype(np.float32))
     y = torch.from_numpy(Streams(0)("y").numpy().integers(0, 3, (60, 5)))
     y[:, 4] = -100  # left out of the loss
-    module = nn.Sequential(nn.Linear(6, 8, bias=False), nn.GELU(), nn.Linear(8, 3))
+    module = nn.Sequential(nn.Sequential(nn.Linear(6, 8, bias=False), nn.Identity(), nn.ReLU()), nn.Linear(8, 3))
     spec, examples = ModelSpec.of(module, x[:1]), Examples(x, y, (), ())
     assert obstacle(spec, Local(), examples) is None
     found, alone = both(spec, Local(batch=4), calls(spec, examples, [12, 9, 12], epochs=2))
@@ -197,40 +196,8 @@ def test_a_client_that_diverges_is_told_alone(digits, small):
 # ---- models that it is not for
 
 
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.again, self.last = nn.Linear(13, 6), nn.Linear(6, 6), nn.Linear(6, 2)
-
-    def forward(self, x):
-        return self.last(self.again(torch.relu(self.again(torch.relu(self.first(x))))))
-
-
-class Mixes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(13, 2)
-
-    def forward(self, x):
-        return self.layer(x - x.mean(0))
-
-
-class Drops(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(13, 2)
-
-    def forward(self, x):
-        return self.layer(F.dropout(x, 0.5, self.training))
-
-
-class Bypasses(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.layer = nn.Linear(13, 13), nn.Linear(13, 2)
-
-    def forward(self, x):
-        return self.layer(F.linear(x, self.first.weight, self.first.bias))
+class Own(nn.Sequential):
+    """A sequence that could do anything."""
 
 
 def tied():
@@ -239,35 +206,63 @@ def tied():
     return module
 
 
-@pytest.mark.parametrize(
-    ("module", "said"),
-    [
-        (nn.Sequential(nn.Linear(13, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), "BatchNorm1d"),
-        (nn.Sequential(nn.Linear(13, 4), nn.Dropout(0.1), nn.Linear(4, 2)), "random numbers"),
-        (Drops(), "random numbers"),
-        (Twice(), "again is used 2 times"),
-        (Bypasses(), "first is used 0 times"),
-        (tied(), "shared"),
-        (Mixes(), "mixes"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_models_that_it_is_not_for_are_refused_with_a_reason(module, said):
-    spec, before = ModelSpec.of(module, torch.zeros(1, 13)), torch.get_rng_state()
+def twice():
+    layer = nn.Linear(13, 13)
+    return nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(13, 2))
+
+
+def frozen():
+    module = nn.Sequential(nn.Linear(13, 6), nn.ReLU(), nn.Linear(6, 2))
+    module[0].weight.requires_grad_(False)
+    return module
+
+
+def hooked():
+    module = nn.Sequential(nn.Linear(13, 6), nn.ReLU(), nn.Linear(6, 2))
+    module[1].register_forward_hook(double)
+    return module
+
+
+def double(layer, args, output):
+    return 2 * output
+
+
+REFUSED = [
+    (nn.Sequential(nn.Linear(13, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), "1 is BatchNorm1d"),
+    (nn.Sequential(nn.Linear(13, 4), nn.Dropout(0.1), nn.Linear(4, 2)), "1 is Dropout"),
+    (nn.Sequential(nn.Linear(13, 4), nn.GELU(), nn.Linear(4, 2)), "1 is GELU"),
+    (nn.Sequential(nn.ReLU(), nn.Linear(13, 2)), "0 is ReLU"),
+    (nn.Sequential(nn.Linear(13, 2), nn.Flatten()), "1 is Flatten"),
+    (nn.Sequential(nn.Flatten(0), nn.Linear(13, 2)), "0 is Flatten"),
+    (Own(nn.Linear(13, 2)), "It is Own"),
+    (tied(), "2.weight is shared"),
+    (twice(), "2.bias is shared"),
+    (frozen(), "0.weight is shared between layers, or not trained"),
+    (hooked(), "1 has hooks"),
+]
+
+
+@pytest.mark.parametrize(("module", "said"), REFUSED, ids=[said for _, said in REFUSED])
+def test_models_that_it_is_not_for_are_refused_with_a_reason_and_trained_alone_by_autograd(module, said):
+    spec = ModelSpec.of(module, torch.zeros(1, 13))
     assert said in obstacle(spec, Local(), table(20))
-    assert torch.get_rng_state().equal(before)
+    executor, library = Executor(spec, Local(batch=4), 1), Executor(spec, Local(batch=4, linear="library"), 1)
+    asked = calls(spec, table(40), [20, 20])
+    for call in asked if said != "0 is Flatten" else []:
+        assert same(call.alone(executor).params.flat, call.alone(library).params.flat)
 
 
 def test_runs_with_such_models_are_refused_before_round_1(digits, tmp_path):
     engine = Engine(rounds=2, group=3)
     for model in (build(Model(name="lenet"), (1, 28, 28), 10), build(Model(name="charlstm"), (5,), 9, tokens=True)):
-        assert "belongs to" in obstacle(model, Local(), digits.train)
+        assert "steps are written out for linear layers" in obstacle(model, Local(), digits.train)
     model = build(Model(name="cnn"), digits.shape, digits.classes)
-    with pytest.raises(UsageError, match=r"engine\.group = 3 .*\n?.*conv1\.weight belongs to Conv2d.*\nSet engine\.group = 1"):
+    with pytest.raises(UsageError, match=r"engine\.group = 3 .*\n?.*conv1 is Conv2d.*\nSet engine\.group = 1"):
         fit(FedAvg(), model=model, data=digits, engine=engine, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     small = build(Model(hidden=(4,)), digits.shape, digits.classes)
     assert "precision" in obstacle(small, Local(precision="bf16"), digits.train)
+    assert "local.linear" in obstacle(small, Local(linear="library"), digits.train)
     assert "augment" in obstacle(small, Local(), replace(digits.train, augment=True))
 
 

@@ -194,6 +194,9 @@ class Local:
     """arithmetic of forward and backward; bf16 is faster where the processor has it, and changes results"""
     convolution: Literal["fast", "library"] = "fast"
     """on a CPU: the fastest of three algorithms, or PyTorch's own; rounding differs by about 1e-5 of the largest value"""
+    linear: Literal["fast", "library"] = "fast"
+    """on a CPU in fp32: networks of linear layers and ReLUs take steps that are written out, or those that PyTorch records;
+    rounding differs by about 1e-7 of the largest value"""
     sparse_conv: Threshold = 0.3
     """largest density at which a masked convolution is computed over its kept weights only, in [0, 1] (0: never; on a CPU, in
     fp32); rounding differs by about 1e-6 of the largest value. A convolution of at most 4 inputs follows the other layers"""

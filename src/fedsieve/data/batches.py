@@ -63,7 +63,10 @@ class Examples:
             x float32 (B, ...) normalised, or int64 (B, T) tokens as they are; images have channels-last strides.
             y int64 (B,) or (B, T). Batches may share memory with one another.
         """
-        index = torch.tensor(order) if isinstance(order, np.ndarray) else order
+        if isinstance(order, np.ndarray):  # torch warns of arrays that cannot be written
+            index = torch.from_numpy(order) if order.flags.writeable else torch.tensor(order)
+        else:
+            index = order
         if not len(index):
             return
         index = index.to(self.x.device)

@@ -116,18 +116,12 @@ class Executor:
         gradient = (bound.gradient, bound.gradient_views)
         optim = Sgd(local, rate(local, streams.round, self.rounds), weights, gradient, velocity, support, proximal)
         total, predictions = torch.zeros((), device=self.device), 0
-        _mode(form.module, training=True)
-        for counter in bound.counters:
-            counter.zero_()
-        with _torch_stream(streams(f"{purpose}/torch"), self.device):
+        with self._steps(form, optim, streams, purpose) as step:
             for epoch in range(epochs):
                 shuffled = order[streams(f"{purpose}/shuffle/{epoch}").permutation(len(order))]
                 augment = streams(f"{purpose}/augment/{epoch}") if examples.augment else None
                 for x, y in examples.epoch(shuffled, local.batch, augment):
-                    with self._arithmetic():
-                        loss = self.spec.loss(form.module(x), y)
-                    optim.step(torch.autograd.grad(loss, bound.parameters, materialize_grads=True))
-                    total.add_(loss.detach(), alpha=y.numel())
+                    total.add_(step(x, y), alpha=y.numel())
                     predictions += y.numel()
         self.flops += 3 * epochs * len(order) * self.forward_flops(masks)
         mean_loss = float(total) / max(1, predictions)
@@ -135,6 +129,33 @@ class Executor:
             raise diverged(streams, mean_loss)
         kept = None if velocity is None else form.outward(velocity, torch.zeros(layout.trainable))
         return Trained(Params(layout, form.outward(bound.weights, params.flat)), len(order), mean_loss, kept)
+
+    @contextmanager
+    def _steps(self, form: Form, optim: Sgd, streams: Streams, purpose: str) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """Give what takes a step of training on a batch and returns the loss before it."""
+        if (perceptron := form.perceptron) is not None:  # it draws no random numbers
+
+            def written(x: Tensor, y: Tensor) -> Tensor:
+                loss = perceptron.step(x, y, optim.direct)
+                optim.move()
+                return loss
+
+            with torch.no_grad():
+                yield written
+            return
+        bound = form.bound
+
+        def recorded(x: Tensor, y: Tensor) -> Tensor:
+            with self._arithmetic():
+                loss = self.spec.loss(form.module(x), y)
+            optim.step(torch.autograd.grad(loss, bound.parameters, materialize_grads=True))
+            return loss.detach()
+
+        _mode(form.module, training=True)
+        for counter in bound.counters:
+            counter.zero_()
+        with _torch_stream(streams(f"{purpose}/torch"), self.device):
+            yield recorded
 
     @torch.no_grad()
     def evaluate(self, params: Params, examples: Examples, order: NDArray[np.int64], masks: Masks | None = None) -> Metrics:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsieve.local.convolution import accelerate
+from fedsieve.local.perceptron import Perceptron, obstacle, perceptron
 from fedsieve.models.compact import Compact
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Kind, Layout, Masks, Slot
@@ -38,6 +39,8 @@ class Form(Protocol):
 
     module: nn.Module
     bound: Bound
+    perceptron: Perceptron | None
+    """the network with its training step written out, if it is one of linear layers"""
 
     def inward(self, flat: Tensor) -> Tensor:
         """Bring a vector of the layout, or its trainable part, into the order of the form, on its device."""
@@ -85,6 +88,13 @@ class Whole:
         self._layout = layout = spec.layout
         self.bound = Bound(self.module, layout.slots, [slot.shape for slot in layout.slots], torch.device(local.device))
         self._images = [(slice(*layout.spans[slot.name]), slot.shape) for slot in _trained(layout) if len(slot.shape) == 4]
+        self.perceptron: Perceptron | None = None
+        if obstacle(spec, local) is None:
+            names = [slot.name for slot in _trained(layout)]
+            weights, gradients = (
+                dict(zip(names, views, strict=True)) for views in (self.bound.weight_views, self.bound.gradient_views)
+            )
+            self.perceptron = perceptron(spec, weights, gradients)
 
     def inward(self, flat: Tensor) -> Tensor:
         """See `Form`."""
@@ -126,6 +136,7 @@ class Kept:
             origins.append(_channels_last(slot.shape, begin) if kept is None else kept + begin)
         shapes = [(len(origin),) if slot.name in sparse else slot.shape for slot, origin in zip(slots, origins, strict=True)]
         self._layout, self._origin = layout, torch.cat(origins)
+        self.perceptron: Perceptron | None = None
         self.bound = Bound(self.module, slots, shapes, torch.device("cpu"))
 
     def inward(self, flat: Tensor) -> Tensor:
@@ -151,7 +162,7 @@ class Shrunk:
 
     def __init__(self, small: Compact, masks: Masks, form: Form) -> None:
         self._small, self._masks, self._form = small, masks, form
-        self.module, self.bound = form.module, form.bound
+        self.module, self.bound, self.perceptron = form.module, form.bound, form.perceptron
 
     def inward(self, flat: Tensor) -> Tensor:
         """See `Form`."""

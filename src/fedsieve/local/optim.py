@@ -53,13 +53,14 @@ class Sgd:
         (self._weights, self._weight_views), (self._gradient, self._gradient_views) = weights, gradient
         self._support, self._support_views = support or (self._gradient[..., :0], [])
         self._anchor = self._weights.clone() if proximal else None
-        self.plain = velocity is None and not proximal and not local.weight_decay
-        """whether a step is a gradient times the learning rate, and no more"""
+        self._plain = velocity is None and not proximal and not local.weight_decay
+        self.direct = lr if self._plain else 0.0
+        """learning rate at which a layer may move its weights itself, before `move`; 0: it writes its gradients down"""
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...]) -> None:
         """Move the weights by one step along the gradients of the tensors, in the order of the views."""
-        if self.plain:
+        if self._plain:
             if self._support_views:  # maskable tensors come first
                 torch._foreach_mul_(gradients[: len(self._support_views)], self._support_views)
             torch._foreach_add_(self._weight_views, gradients, alpha=-self._lr)
@@ -69,10 +70,10 @@ class Sgd:
 
     @torch.no_grad()
     def move(self) -> None:
-        """Move the weights by one step along the flat gradient; by the plain rule they have moved already, but for the mask."""
+        """Move the weights by one step along the flat gradient; if `direct`, they have moved already, but for the mask."""
         weights, gradient = self._weights, self._gradient
         support = self._support.shape[-1]
-        if self.plain:
+        if self._plain:
             if support:
                 weights[..., :support].mul_(self._support)
             return
