@@ -1,7 +1,6 @@
 """The engine: transports, frozen states, run folders, cohorts."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -138,6 +137,24 @@ def test_replies_come_in_order_and_alike_from_any_number_of_workers(small, digit
         workers.close()
 
 
+def test_examples_are_in_memory_once_for_server_and_workers(small, digits):
+    """The server's own move there; they are as they were, and outlive the workers."""
+    x = digits.train.x.clone()
+    own = replace(digits, train=replace(digits.train, x=x))
+    for _ in range(2):
+        before = x.data_ptr()
+        workers = Workers(plan(small, own), 1)
+        assert own.train.x is x
+        assert x.data_ptr() != before
+        replies = exchange(workers, small, [0, 1])
+        workers.close()
+        assert same(x, digits.train.x)
+        assert x.stride() == digits.train.x.stride()
+    alone = Sequential(plan(small, digits))
+    assert replies == exchange(alone, small, [0, 1])
+    alone.close()
+
+
 def test_a_worker_that_dies_ends_the_run_with_a_reason(small, digits):
     workers = Workers(plan(small, digits), 1)
     try:
@@ -149,37 +166,46 @@ def test_a_worker_that_dies_ends_the_run_with_a_reason(small, digits):
         workers.close()
 
 
-def test_workers_end_with_the_process_that_started_them(small, digits, tmp_path):
-    """Fork a server, kill it with SIGKILL, and see its worker go."""
-    script = """
-import sys, time
-from fedsieve import Data, FedAvg, Local, Model, Streams, build, federate, load
+SERVER = """
+import time
+from multiprocessing import forkserver
+from fedsieve import Data, FedAvg, Local, Model, Streams, build, federate, load, warm_up
 from fedsieve.engine.handle import Plan
 from fedsieve.engine.transports import Workers
 if __name__ == "__main__":
+    warm_up()
     settings = Data(name="digits", clients=2, train_limit=40)
     data = federate(load(settings), settings, Streams(0))
-    workers = Workers(Plan(FedAvg(), build(Model(hidden=(4,)), data.shape, 10), data, Local(), 1, 0), 1)
-    print(workers._processes[0].pid, flush=True)
+    for _ in range(2):
+        workers = Workers(Plan(FedAvg(), build(Model(hidden=(4,)), data.shape, 10), data, Local(), 1, 0), 1)
+        print(workers._processes[0].pid, flush=True)
+    print(forkserver._forkserver._forkserver_pid, flush=True)
     time.sleep(60)
 """
+
+
+def test_workers_and_what_they_are_forked_from_end_with_the_server(tmp_path):
+    """However it ends: here it is killed."""
     path = tmp_path / "server.py"
-    path.write_text(script)
+    path.write_text(SERVER)
     server = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True)
-    worker = int(server.stdout.readline())
+    started = [int(server.stdout.readline()) for _ in range(3)]
     server.send_signal(signal.SIGKILL)
     server.wait()
     server.stdout.close()
     for _ in range(100):
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
+        if not any(map(alive, started)):
             return
-        with open(f"/proc/{worker}/stat") as stat:
-            if stat.read().split()[2] == "Z":
-                return
         time.sleep(0.05)
-    pytest.fail(f"worker {worker} lives on")
+    pytest.fail(f"some of {started} live on")
+
+
+def alive(process):
+    try:
+        with open(f"/proc/{process}/stat") as stat:
+            return stat.read().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 # ---- cohorts

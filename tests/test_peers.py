@@ -51,7 +51,11 @@ def test_the_job_file_holds_what_fedsieve_itself_would_use(path, digits, task):
             "batch": BATCH,
             "every": EVERY,
             "processes": 0,
+            "mean": list(digits.train.mean),
+            "std": list(digits.train.std),
         }
+        assert np.array_equal(file["bytes_train"], digits.train.x.numpy())
+        assert np.array_equal(file["bytes_test"], digits.test.x.numpy())
 
     class Watched(FedAvg):
         def broadcast(self, state, cohort):

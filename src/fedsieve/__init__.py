@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fedsieve.data.batches import Federation, federate
     from fedsieve.data.datasets import Dataset, from_arrays, load
     from fedsieve.engine.loop import Result, fit
+    from fedsieve.engine.nursery import warm_up
     from fedsieve.errors import DataError, Diverged, FedsieveError, UsageError
     from fedsieve.finish.runtime import SparseModel
     from fedsieve.finish.runtime import load as load_sparse
@@ -32,6 +33,7 @@ _HOME = {
     "load": "data.datasets",
     "Result": "engine.loop",
     "fit": "engine.loop",
+    "warm_up": "engine.nursery",
     "DataError": "errors",
     "Diverged": "errors",
     "FedsieveError": "errors",
@@ -61,6 +63,7 @@ __all__ = [
     "Data", "DataError", "Dataset", "Diverged", "Engine", "FedAvg", "FedSparsify", "Federation", "FedsieveError", "Kind",
     "Layout", "Local", "Masks", "Message", "Model", "ModelSpec", "Params", "Result", "Slot", "SparseModel", "Stream",
     "Streams", "UsageError", "WireError", "build", "federate", "fit", "from_arrays", "load", "load_sparse", "pack", "unpack",
+    "warm_up",
 ]  # fmt: skip
 
 

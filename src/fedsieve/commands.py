@@ -19,6 +19,7 @@ import tyro
 from tyro.conf import Positional
 
 from fedsieve import config as configs
+from fedsieve.engine.nursery import warm_up
 from fedsieve.errors import Interrupted, UsageError
 from fedsieve.settings import Data, Engine, Local, nearest
 
@@ -54,6 +55,8 @@ def run_command(words: list[str]) -> None:
         raise UsageError(
             "which algorithm? For example: fedsieve run fedsparsify --data digits. See `fedsieve list algorithms`."
         )
+    if not helps:
+        _workers_ahead(" ".join(words), path)
     kinds = configs.sections((configs.from_file(path).name if path else name) or "fedavg")
     if helps:
         _run_help(kinds, name or "NAME|FILE.toml")
@@ -63,6 +66,13 @@ def run_command(words: list[str]) -> None:
     from fedsieve.engine.folder import fresh
 
     _train(config, Path(out) if out else fresh(f"{_stem(config.name)}-{_stem(config.data.name)}"))
+
+
+def _workers_ahead(words: str, path: Path | None) -> None:
+    """Have workers load torch while this process does, if the words or the file ask for some."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
+    if re.search(r"\bworkers\W+[1-9]", f"{words}\n{text}"):
+        warm_up()
 
 
 def _run_help(kinds: Mapping[str, Any], name: str) -> NoReturn:
@@ -129,6 +139,7 @@ def resume_command(words: list[str]) -> None:
         print(f"{asked.folder} is complete already: nothing to do.")
         return
     own = {} if asked.workers is None else {"engine.workers": asked.workers}
+    _workers_ahead(f"workers {asked.workers}", asked.folder / "config.toml")
     config = configs.from_file(asked.folder / "config.toml", own)
     _train(config, asked.folder, resume=True)
 

@@ -42,10 +42,13 @@ class Arena:
 class SharedTensor:
     """A tensor whose elements are in an arena, with the strides of its source; pickled, only its place travels."""
 
-    def __init__(self, source: Tensor) -> None:
+    def __init__(self, source: Tensor, *, move: bool = False) -> None:
+        """Copy a tensor into an arena; to `move`, have the source itself see the elements there, and let go of its own."""
         self._dtype, self._shape, self._stride = str(source.numpy().dtype), tuple(source.shape), source.stride()
         self._arena = Arena(source.numel() * source.element_size())
-        self.tensor().copy_(source)
+        shared = self.tensor().copy_(source)
+        if move:
+            source.set_(shared)  # type: ignore[call-overload]
 
     def tensor(self) -> Tensor:
         """Return the tensor; every process that calls this sees the same elements."""

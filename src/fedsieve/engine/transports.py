@@ -20,14 +20,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from threading import Thread
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from fedsieve.data.partition import Parts
+from fedsieve.engine import nursery
 from fedsieve.engine.arena import Arena, SharedTensor
 from fedsieve.engine.handle import Answer, Device, Plan
 from fedsieve.engine.states import ClientStates
@@ -127,18 +128,16 @@ class Workers:
         self._sent = Arena(_BROADCASTS * _room(self._layout))
         self._peaks = [0] * count
         shared = _shared(plan)
-        context = multiprocessing.get_context("spawn")
+        context = nursery.context()
         self._pipes: list[Connection] = []
         self._selector = selectors.DefaultSelector()
         self._slots: list[Arena] = []
         self._processes = []
-        with _OneThreadEach():
+        with nursery.one_thread_each():
             for _ in range(count):
                 ours, theirs = context.Pipe()
                 slots = Arena(2 * plan.group * _room(self._layout))
-                process = context.Process(
-                    target=_work, args=(theirs, ours, shared, self._sent, slots, os.getpid()), daemon=True
-                )
+                process = context.Process(target=_work, args=(theirs, ours, shared, self._sent, slots), daemon=True)
                 process.start()
                 theirs.close()
                 self._selector.register(ours, selectors.EVENT_READ, data=len(self._pipes))
@@ -320,26 +319,6 @@ def _evaluate(device: Device, plan: Plan, params: Params, masks: Masks, shard: i
     return device.executor.evaluate(params, test, np.arange(shard * SHARD, min(len(test), (shard + 1) * SHARD)), masks)
 
 
-class _OneThreadEach:
-    """Environment in which workers start: one thread for every numeric library, and deaf to Ctrl-C, which is the server's."""
-
-    _names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-    def __enter__(self) -> None:
-        self._before = {name: os.environ.get(name) for name in self._names}
-        os.environ.update(dict.fromkeys(self._names, "1"))
-        resource_tracker.ensure_running()  # it would unblock the signal
-        self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self._before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
-
-
 def _shared(plan: Plan) -> dict[str, SharedTensor]:
     """Put a plan into memory that all workers share: the examples and who holds which as they are, all else pickled."""
     data = plan.federation
@@ -350,7 +329,7 @@ def _shared(plan: Plan) -> dict[str, SharedTensor]:
     train, test = replace(data.train, x=empty, y=empty), replace(data.test, x=empty, y=empty)
     bare = replace(data, train=train, test=test, parts=(), shares=())
     rest = torch.frombuffer(bytearray(pickle.dumps(replace(plan, federation=bare))), dtype=torch.uint8)
-    return {name: SharedTensor(tensor) for name, tensor in (tensors | {"rest": rest}).items()}
+    return {name: SharedTensor(tensor, move=name in ("x", "test_x")) for name, tensor in (tensors | {"rest": rest}).items()}
 
 
 def _whole(shared: Mapping[str, SharedTensor]) -> Plan:
@@ -364,12 +343,12 @@ def _whole(shared: Mapping[str, SharedTensor]) -> Plan:
     return replace(plan, federation=replace(data, train=train, test=test, parts=parts, shares=shares))
 
 
-def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots: Arena, parent_pid: int) -> None:
+def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots: Arena) -> None:
     """Run a worker: take tasks until the server's end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent.close()
-    _die_with(parent_pid)
+    Thread(target=_die_with_the_server, daemon=True).start()
     keep_freed_memory()
     torch.set_num_threads(1)
     try:
@@ -424,12 +403,12 @@ def _receive(pipe: Connection) -> Any:
     return pickle.loads(pipe.recv_bytes())  # noqa: S301  written by `_send` at the other end
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel end this process when the server's process ends, however that ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+def _die_with_the_server() -> None:
+    """Wait until the server's process ends, however that ends, and end this one."""
+    server = multiprocessing.parent_process()
+    if server is not None:
+        server.join()
+    os._exit(1)
 
 
 def keep_freed_memory() -> None:

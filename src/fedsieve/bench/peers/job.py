@@ -18,7 +18,7 @@ from fedsieve.streams import Streams
 
 
 def write(task: Task, data: Federation, rounds: int, path: Path) -> None:
-    """Write a job: images as normalised float32, who holds which, and who takes part in each round with seed 0."""
+    """Write a job: images as normalised float32 and as bytes, who holds which, and who takes part in each round with seed 0."""
     streams = Streams(0)
     spec = build(task.model, data.shape, data.classes)
     job = Job(spec, spec.initial("module", streams), rounds, len(data.parts), streams)
@@ -32,13 +32,17 @@ def write(task: Task, data: Federation, rounds: int, path: Path) -> None:
         "batch": BATCH,
         "every": EVERY,
         "processes": min(2, os.cpu_count() or 1),
+        "mean": data.train.mean,
+        "std": data.train.std,
     }
     np.savez(
         path,
         settings=np.array(json.dumps(settings)),
         x_train=_normalised(data.train),
+        bytes_train=data.train.x.contiguous().numpy(),
         y_train=data.train.y.numpy(),
         x_test=_normalised(data.test),
+        bytes_test=data.test.x.contiguous().numpy(),
         y_test=data.test.y.numpy(),
         order=np.concatenate(data.parts),
         sizes=np.array([len(part) for part in data.parts]),

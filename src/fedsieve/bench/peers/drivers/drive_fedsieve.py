@@ -2,6 +2,11 @@
 
 import sys
 
+from fedsieve.engine.nursery import warm_up
+
+if __name__ == "__main__":
+    warm_up()  # as `fedsieve run` does
+
 import numpy as np
 from textbook import Job, Record
 
@@ -14,12 +19,12 @@ from fedsieve.settings import Engine, Local, Model
 
 def main(path: str, out: str) -> None:
     """Run FedAvg on the examples and the partition of the job; the engine draws the cohorts that the job lists."""
-    job, record = Job.read(path), Record()
+    job, record = Job.read(path, images="bytes"), Record()
     data = Federation(
         name="job",
         classes=10,
-        train=Examples(job.x_train, job.y_train, (), ()),
-        test=Examples(job.x_test, job.y_test, (), ()),
+        train=Examples(job.x_train, job.y_train, tuple(job.mean), tuple(job.std)),
+        test=Examples(job.x_test, job.y_test, tuple(job.mean), tuple(job.std)),
         parts=tuple(part.numpy() for part in job.parts),
         shares=(np.arange(0),) * job.clients,
         natural=False,

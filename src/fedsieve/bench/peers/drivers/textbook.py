@@ -34,8 +34,11 @@ class Job:
     """rounds between evaluations"""
     processes: int
     """processors to use"""
+    mean: list[float]
+    """of the bytes, by channel: what they were normalised with"""
+    std: list[float]
     x_train: Tensor
-    """float32 (N, 1, 28, 28), normalised"""
+    """float32 (N, 1, 28, 28), normalised; or uint8 as they are stored"""
     y_train: Tensor
     """int64 (N,)"""
     x_test: Tensor
@@ -46,11 +49,15 @@ class Job:
     """clients of each round, shape (rounds, cohort)"""
 
     @classmethod
-    def read(cls, path: str | Path) -> Job:
-        """Read a job."""
+    def read(cls, path: str | Path, images: str = "x") -> Job:
+        """Read a job, with the images normalised ("x") or as bytes ("bytes")."""
         with np.load(path) as file:
             settings = json.loads(str(file["settings"]))
-            tensors = {name: torch.from_numpy(file[name]) for name in ("x_train", "y_train", "x_test", "y_test")}
+            tensors = {
+                f"{name}_{part}": torch.from_numpy(file[f"{kind}_{part}"])
+                for part in ("train", "test")
+                for name, kind in (("x", images), ("y", "y"))
+            }
             parts = torch.split(torch.from_numpy(file["order"]), file["sizes"].tolist())
             return cls(**settings, **tensors, parts=parts, cohorts=file["cohorts"])
 
