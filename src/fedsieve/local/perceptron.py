@@ -18,8 +18,8 @@ from fedsieve.settings import Local
 
 _nll, _nll_backward = torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss_backward.default
 _threshold_backward = torch.ops.aten.threshold_backward.grad_input
-_MEAN, _IGNORED, _ONE = 1, -100, torch.ones(())
-"""arguments of the cross-entropy: its reduction, the target that is left out, the gradient of the loss by itself"""
+_NONE, _MEAN, _IGNORED, _ONE = 0, 1, -100, torch.ones(())
+"""arguments of the cross-entropy: its reductions, the target that is left out, the gradient of a loss by itself"""
 SIZES = 8
 """batches for which the activations are kept, by number of examples"""
 
@@ -150,20 +150,36 @@ class Perceptron:
 
     def _scored(self, scores: Tensor, y: Tensor, into: Tensor) -> Tensor:
         """Return the loss of each client, and write the gradient of the scores down."""
+        if self._loss is cross_entropy:
+            return (_cross_entropies if self._clients else _cross_entropy)(scores, y.flatten(), into)
         if not self._clients:
             return _graded(self._loss, scores, y, into)
         y = y.unflatten(0, (*self._clients, -1))  # type: ignore[no-untyped-call]
         return torch.stack([_graded(self._loss, *each) for each in zip(scores, y, into, strict=True)])
 
 
-def _graded(loss: Loss, scores: Tensor, y: Tensor, into: Tensor) -> Tensor:
+def _cross_entropy(scores: Tensor, labels: Tensor, into: Tensor) -> Tensor:
     """Return the mean loss of scores, shape (examples, out); write their gradient `into`."""
-    if loss is cross_entropy:
-        labels, logs = y.flatten(), torch._log_softmax(scores, 1, False)
-        value, counted = _nll(logs, labels, None, _MEAN, _IGNORED)
-        g = _nll_backward(_ONE, logs, labels, None, _MEAN, _IGNORED, counted)
-        torch._log_softmax_backward_data(g, logs, 1, torch.float32, out=into)
-        return value  # type: ignore[no-any-return]
+    logs = torch._log_softmax(scores, 1, False)
+    value, counted = _nll(logs, labels, None, _MEAN, _IGNORED)
+    g = _nll_backward(_ONE, logs, labels, None, _MEAN, _IGNORED, counted)
+    torch._log_softmax_backward_data(g, logs, 1, torch.float32, out=into)
+    return value  # type: ignore[no-any-return]
+
+
+def _cross_entropies(scores: Tensor, labels: Tensor, into: Tensor) -> Tensor:
+    """Return the mean loss of each client, of scores of shape (clients, examples, out); write their gradient `into`."""
+    clients, logs = len(scores), torch._log_softmax(scores.flatten(0, 1), 1, False)
+    shares = (labels != _IGNORED).view(clients, -1).float()
+    shares /= shares.sum(1, keepdim=True)
+    values, counted = _nll(logs, labels, None, _NONE, _IGNORED)
+    g = _nll_backward(shares.flatten(), logs, labels, None, _NONE, _IGNORED, counted)
+    torch._log_softmax_backward_data(g, logs, 1, torch.float32, out=into.flatten(0, 1))
+    return values.view(clients, -1).mul_(shares).sum(1)  # type: ignore[no-any-return]
+
+
+def _graded(loss: Loss, scores: Tensor, y: Tensor, into: Tensor) -> Tensor:
+    """Return a client's loss by any function, of scores of shape (examples, out); write their gradient `into`."""
     with torch.enable_grad():
         leaf = scores.detach().view(*y.shape, -1).requires_grad_()
         value = loss(leaf, y)
