@@ -19,8 +19,11 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def warm_up() -> None:
-    """Start what workers are forked from, without waiting for it: before torch is loaded here, both load it at once."""
-    if isinstance(context(), ForkServerContext):
+    """Start what workers are forked from, without waiting for it. Before torch is imported here, both import it at once.
+
+    To be called at the top of a script that trains with workers; `fedsieve run` does by itself. Costs nothing twice.
+    """
+    if multiprocessing.parent_process() is None and isinstance(context(), ForkServerContext):
         with one_thread_each():
             forkserver.ensure_running()
 

@@ -53,11 +53,12 @@ class Linear:
         tensors = (self.weight, self._bias, self._weight_gradient, self._bias_gradient)
         return Linear(*(None if tensor is None else tensor[rows] for tensor in tensors))  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return x, shape (..., examples, in), times the weights, shape (..., examples, out)."""
+    def forward(self, x: Tensor, out: Tensor) -> None:
+        """Write x, shape (..., examples, in), times the weights `out`, shape (..., examples, out)."""
         if self._bias_row is None:
-            return self.times(x, self._across, out=out)
-        return self._plus(self._bias_row, x, self._across, out=out)
+            self.times(x, self._across, out=out)
+        else:
+            self._plus(self._bias_row, x, self._across, out=out)
 
     def backward(self, x: Tensor, g: Tensor, ones: Tensor, lr: float) -> None:
         """Take a step of SGD along the gradients or, if `lr` is 0, write them down.

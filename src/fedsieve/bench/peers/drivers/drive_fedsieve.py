@@ -2,10 +2,9 @@
 
 import sys
 
-from fedsieve.engine.nursery import warm_up
+from fedsieve import warm_up
 
-if __name__ == "__main__":
-    warm_up()  # as `fedsieve run` does
+warm_up()
 
 import numpy as np
 from textbook import Job, Record
