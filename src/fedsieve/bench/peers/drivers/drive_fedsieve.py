@@ -4,7 +4,8 @@ import sys
 
 from fedsieve import warm_up
 
-warm_up()
+if __name__ == "__main__":
+    warm_up()  # before torch is imported
 
 import numpy as np
 from textbook import Job, Record
