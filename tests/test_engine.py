@@ -172,8 +172,8 @@ from multiprocessing import forkserver
 from fedsieve import Data, FedAvg, Local, Model, Streams, build, federate, load, warm_up
 from fedsieve.engine.handle import Plan
 from fedsieve.engine.transports import Workers
+warm_up()
 if __name__ == "__main__":
-    warm_up()
     settings = Data(name="digits", clients=2, train_limit=40)
     data = federate(load(settings), settings, Streams(0))
     for _ in range(2):

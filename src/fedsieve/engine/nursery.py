@@ -21,9 +21,10 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 def warm_up() -> None:
     """Start what workers are forked from, without waiting for it. Before torch is imported here, both import it at once.
 
-    To be called at the top of a script that trains with workers; `fedsieve run` does by itself. Costs nothing twice.
+    To be called at the top of a script that trains with workers; `fedsieve run` does by itself. It does nothing a second time,
+    nor in a worker, which reads the script too.
     """
-    if multiprocessing.parent_process() is None and isinstance(context(), ForkServerContext):
+    if multiprocessing.current_process().name == "MainProcess" and isinstance(context(), ForkServerContext):
         with one_thread_each():
             forkserver.ensure_running()
 
