@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedsieve import Local, Model, Streams, build
-from fedsieve.local.convolution import accelerate
+from fedsieve import Engine, FedAvg, Local, Model, Streams, build, fit
+from fedsieve.config import from_file
+from fedsieve.local.convolution import CHOICES, accelerate, resolved
 from fedsieve.local.executor import Executor
 from fedsieve.local.winograd import Maps, convolve
 
@@ -28,11 +29,11 @@ def assert_same(fast, plain, x, tolerance):
         assert (one - other).abs().max() <= tolerance * other.abs().max()
 
 
-def both(*args, **options):
+def both(*args, choice="avx2", **options):
     torch.manual_seed(0)
     fast, plain = nn.Conv2d(*args, **options), nn.Conv2d(*args, **options)
     plain.load_state_dict(fast.state_dict())
-    accelerate(fast)
+    accelerate(fast, Local(convolution=choice))
     assert "forward" in vars(fast)
     return fast, plain
 
@@ -122,8 +123,9 @@ def test_gradients_of_the_gradients_are_refused_clearly():
     ],
     ids=str,
 )
-def test_other_layers_are_left_to_the_library(layer):
-    accelerate(layer)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_other_layers_are_left_to_the_library(layer, choice):
+    accelerate(layer, Local(convolution=choice))
     assert "forward" not in vars(layer)
 
 
@@ -132,12 +134,34 @@ def test_a_network_trains_alike_with_either_and_the_setting_chooses(digits):
     streams, part = Streams(2).at(round=1, client=1), digits.parts[1]
     start = spec.initial("kaiming", streams)
     trained = {}
-    for choice in ("fast", "library"):
+    for choice in ("avx2", "library"):
         executor = Executor(spec, Local(lr=0.05, convolution=choice), rounds=1)
         trained[choice] = executor.train(start, digits.train, part, streams).params.flat
     moved = (trained["library"] - start.flat).abs().max()
-    assert 0 < (trained["fast"] - trained["library"]).abs().max() < 1e-3 * moved
+    assert 0 < (trained["avx2"] - trained["library"]).abs().max() < 1e-3 * moved
     assert "forward" not in vars(spec.module.conv2)
+
+
+@pytest.mark.parametrize(("capability", "choice"), [("DEFAULT", "avx2"), ("AVX2", "avx2"), ("AVX512", "avx512")])
+def test_the_processor_chooses_and_the_choice_is_recorded(capability, choice, digits, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert resolved(Local()).convolution == choice
+    assert resolved(Local(convolution="library")).convolution == "library"
+    fit(
+        FedAvg(),
+        model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+        data=digits,
+        engine=Engine(rounds=1),
+        out=tmp_path / "run",
+    )
+    assert from_file(tmp_path / "run" / "config.toml").local.convolution == choice
+
+
+def test_wide_vectors_leave_more_to_the_library():
+    both(64, 64, 3, choice="avx512")
+    for layer in (nn.Conv2d(32, 64, 3), nn.Conv2d(64, 64, 5), nn.Conv2d(1, 8, 3)):
+        accelerate(layer, Local(convolution="avx512"))
+        assert "forward" not in vars(layer)
 
 
 def test_bfloat16_is_left_to_the_library(digits):

@@ -79,7 +79,7 @@ def test_fedsieves_driver_plays_the_job_as_fedsieve_does(path, digits, task, tmp
     assert row["rounds_per_second"] == pytest.approx(1 / np.mean(row["seconds"][EVERY:]))
     assert 0 < row["startup_seconds"] < row["seconds"][0]
     assert row["peak_bytes"] > 50e6
-    assert row["setting"] == f"{min(2, os.cpu_count())} workers"
+    assert row["setting"] == f"{min(2, os.cpu_count())} workers, fp32"
 
 
 def test_a_driver_that_fails_is_told_with_its_last_words(tmp_path):

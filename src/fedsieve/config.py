@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -42,18 +42,20 @@ class Config:
     def run(self, out: Path, *, resume: bool = False, watch: Callable[[dict[str, Any]], None] = lambda row: None) -> Result:
         """Run it into a run folder, or go on there, as `fit` does."""
         from fedsieve.engine.loop import fit
+        from fedsieve.local.convolution import resolved
 
+        local = resolved(self.local)
         spec, data, start = self.prepare()
         return fit(
             self.algorithm,
             model=spec,
             data=data,
-            local=self.local,
+            local=local,
             engine=self.engine,
             start=start,
             out=out,
             resume=resume,
-            config=self.tables(),
+            config=replace(self, local=local).tables(),
             watch=watch,
         )
 

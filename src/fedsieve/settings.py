@@ -192,8 +192,9 @@ class Local:
     """L2 penalty added to the gradient, >= 0"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """arithmetic of forward and backward; bf16 is faster where the processor has it, and changes results"""
-    convolution: Literal["fast", "library"] = "fast"
-    """on a CPU: the fastest of three algorithms, or PyTorch's own; rounding differs by about 1e-5 of the largest value"""
+    convolution: Literal["fast", "avx2", "avx512", "library"] = "fast"
+    """on a CPU: by layer, the algorithms that are fastest on processors with avx2 or with avx512, or PyTorch's own (library);
+    fast: those for this processor, recorded with the run. Rounding differs by about 1e-5 of the largest value"""
     linear: Literal["fast", "library"] = "fast"
     """on a CPU in fp32: networks of linear layers and ReLUs take steps that are written out, or those that PyTorch records;
     rounding differs by about 1e-7 of the largest value"""

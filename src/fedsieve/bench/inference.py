@@ -38,7 +38,7 @@ from fedsieve.finish.recipe import Recipe
 from fedsieve.local.convolution import accelerate
 from fedsieve.models.spec import ModelSpec, build
 from fedsieve.params import Masks
-from fedsieve.settings import Model
+from fedsieve.settings import Local, Model
 from fedsieve.streams import Streams
 
 DENSITIES = (0.1, 0.05, 0.01)
@@ -85,7 +85,7 @@ def variants(spec: ModelSpec, masks: Masks, folder: Path) -> tuple[dict[str, Sco
     dense = deepcopy(spec.module).eval()
     dense.load_state_dict({name: tensor.clone() for name, tensor in params.items()})
     last, fast = (deepcopy(dense).to(memory_format=torch.channels_last) for _ in range(2))  # type: ignore[call-overload]
-    accelerate(fast)
+    accelerate(fast, Local())
     files.replace(folder / "model.safetensors", files.safetensors({k: v.clone() for k, v in params.items()}, {}))
     recipe, sizes = Recipe(MODEL, SHAPE, CLASSES, tokens=False), {}
     for values in ("fp16", "fp32"):

@@ -100,7 +100,7 @@ def layer(subject: Layer, seconds: float) -> dict[str, Any]:
         for parameter in module.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    accelerate(nn.Sequential(module))
+    accelerate(nn.Sequential(module), Local())
     weight: Tensor = module.get_parameter("weight")
     acts = [_pass(lambda x, weight, bias: module(x), x, weight, module.get_parameter("bias"))]
     last = x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2) if x.dim() == 4 else x.t().contiguous().t()

@@ -20,6 +20,7 @@ from fedsieve.engine.states import ClientStates
 from fedsieve.engine.transports import Sequential, Transport, Workers
 from fedsieve.errors import Diverged, Interrupted, UsageError
 from fedsieve.local.batched import obstacle
+from fedsieve.local.convolution import resolved
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Masks, Params
 from fedsieve.settings import Engine, Local, as_table
@@ -79,7 +80,7 @@ def fit(
         UsageError: the settings do not fit together, or the folder exists.
         Diverged: a client's loss is not finite (engine.nonfinite = "stop").
     """
-    local, engine = local or Local(), engine or Engine()
+    local, engine = resolved(local or Local()), engine or Engine()
     if engine.cohort > len(data.parts):
         raise UsageError(
             f"engine.cohort = {engine.cohort} is more than the {len(data.parts)} clients that there are (data.clients)."

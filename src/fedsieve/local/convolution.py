@@ -1,14 +1,19 @@
 """Which algorithm computes a convolution on a CPU: the same function by other operations, where these are faster.
 
-    one channel                    one matrix product over the taps
-    3x3, 5x5, 32 channels or more  Winograd's algorithm, see `fedsieve.local.winograd`
-    else                           PyTorch's own
+                                             convolution = avx2      avx512
+    one channel                              one matrix product      PyTorch's own
+    3x3 from and to so many channels or more Winograd's from 32      from 64
+    5x5                                      Winograd's from 32      PyTorch's own
+    else                                     PyTorch's own           PyTorch's own
 
-The choice depends on the layer alone, never on the machine, so a config repeats bit for bit.
+PyTorch's own are written for the processor's widest vectors, so they are harder to beat where these are wide. Which column
+holds is a setting that is resolved before round 1 and recorded; from there on the choice depends on the layer alone, so a
+recorded config repeats bit for bit. Winograd's algorithm is in `fedsieve.local.winograd`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -16,25 +21,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-CHANNELS = 32
-"""fewest inputs and outputs of a layer for which Winograd's algorithm pays"""
+from fedsieve.settings import Local
 
 
-def accelerate(module: nn.Module) -> None:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where other algorithms than PyTorch's pay."""
+
+    channels: int
+    """fewest inputs and outputs of a layer for which Winograd's algorithm does"""
+    kernels: tuple[tuple[int, int], ...]
+    """sizes for which Winograd's algorithm does"""
+    plane: bool
+    """one channel as a matrix product"""
+
+
+CHOICES = {"avx2": Choice(32, ((3, 3), (5, 5)), True), "avx512": Choice(64, ((3, 3),), False)}
+
+
+def resolved(local: Local) -> Local:
+    """Return settings that say by which algorithms convolutions are computed, where they left it to this processor."""
+    if local.convolution != "fast":
+        return local
+    return replace(local, convolution="avx512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "avx2")
+
+
+def accelerate(module: nn.Module, local: Local) -> None:
     """Have each convolution of a module on the CPU computed by what suits it."""
+    choice = CHOICES.get(resolved(local).convolution)
+    if choice is None:
+        return
     for layer in module.modules():
         if type(layer) is nn.Conv2d and layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros":
             if layer.in_channels == 1 and isinstance(layer.padding, tuple):
-                layer.forward = partial(_plane, layer)  # type: ignore[method-assign]
-            elif _suits_winograd(layer):
+                if choice.plane:
+                    layer.forward = partial(_plane, layer)  # type: ignore[method-assign]
+            elif _suits_winograd(layer, choice):
                 layer.forward = partial(_winograd, layer)  # type: ignore[method-assign]
 
 
-def _suits_winograd(layer: nn.Conv2d) -> bool:
+def _suits_winograd(layer: nn.Conv2d, choice: Choice) -> bool:
     """Whether Winograd's algorithm computes the layer, and pays."""
     alike = layer.padding[0] == layer.padding[-1] and isinstance(layer.padding, tuple)
-    wide = min(layer.in_channels, layer.out_channels) >= CHANNELS
-    return alike and wide and layer.stride == (1, 1) and layer.kernel_size in ((3, 3), (5, 5))
+    wide = min(layer.in_channels, layer.out_channels) >= choice.channels
+    return alike and wide and layer.stride == (1, 1) and layer.kernel_size in choice.kernels
 
 
 def _plane(layer: nn.Conv2d, x: Tensor) -> Tensor:

@@ -83,8 +83,8 @@ class Whole:
 
     def __init__(self, spec: ModelSpec, local: Local) -> None:
         self.module = deepcopy(spec.module).to(local.device)
-        if local.convolution == "fast" and local.device == "cpu":
-            accelerate(self.module)
+        if local.device == "cpu":
+            accelerate(self.module, local)
         self._layout = layout = spec.layout
         self.bound = Bound(self.module, layout.slots, [slot.shape for slot in layout.slots], torch.device(local.device))
         self._images = [(slice(*layout.spans[slot.name]), slot.shape) for slot in _trained(layout) if len(slot.shape) == 4]

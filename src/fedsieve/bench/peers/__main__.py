@@ -2,7 +2,8 @@
 
 Each peer runs in an environment of its own, kept in .peers/, set up as its documentation recommends (see its driver). All are
 handed the same images, partition, batch size, learning rate and rounds; the cohorts too, but to Flower, which draws its own.
-Runs take turns, fedsieve first, as often as `--repetitions` says; figures are medians.
+Runs take turns, fedsieve first, as often as `--repetitions` says; figures are medians. fedsieve-bf16 is fedsieve once more,
+with local.precision = bf16.
 
     rounds/s    of the rounds after the first five, evaluation every five rounds included
     start-up    seconds from the start of the process to the end of round 1, less a mean round
@@ -57,6 +58,8 @@ class Peer:
     name: str
     launcher: tuple[str, ...] = ()
     """arguments of Python before the driver"""
+    words: tuple[str, ...] = ()
+    """arguments of the driver after those that all take"""
     threads: int | None = None
     """OMP_NUM_THREADS; None: not set, so that each library takes what it takes by itself"""
 
@@ -73,8 +76,9 @@ PEERS = (
     Peer("fluke"),
     Peer("pfl-1process"),
     Peer("fluke-1thread", threads=1),
+    Peer("fedsieve-bf16", words=("bf16",)),
 )
-USUAL = ("flower", "pfl", "fluke")
+USUAL = ("flower", "pfl", "fluke", "fedsieve-bf16")
 
 
 def run(peer: Peer, python: Path, task: Path, scratch: Path, limit: float) -> Row:
@@ -91,7 +95,7 @@ def run(peer: Peer, python: Path, task: Path, scratch: Path, limit: float) -> Ro
         FedsieveError: it failed, or took too long; the message ends with its last words.
     """
     record, log = scratch / "record.json", scratch / "log.txt"
-    words = [str(python), *peer.launcher, str(DRIVERS / f"drive_{peer.package}.py"), str(task), str(record)]
+    words = [str(python), *peer.launcher, str(DRIVERS / f"drive_{peer.package}.py"), str(task), str(record), *peer.words]
     with open(log, "wb") as said, Tree() as tree:
         began = time.monotonic()
         streams = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}
@@ -123,7 +127,7 @@ def figures(record: Mapping[str, Any], began: float) -> Row:
 def _variables(peer: Peer, scratch: Path) -> dict[str, str]:
     """Environment variables of a run: nothing reported home, nothing left in the user's folders."""
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    if peer.name != OURS:
+    if peer.package != OURS:
         kept.pop("PYTHONPATH", None)
     if peer.threads:
         kept["OMP_NUM_THREADS"] = str(peer.threads)
@@ -145,7 +149,7 @@ def best(middle: Mapping[tuple[str, str], Row]) -> dict[str, str]:
     """Return the fastest peer of each job."""
     speeds: dict[str, dict[str, float]] = {}
     for (name, peer), row in middle.items():
-        if peer != OURS:
+        if not peer.startswith(OURS):
             speeds.setdefault(name, {})[peer] = row["rounds_per_second"]
     return {name: max(found, key=found.__getitem__) for name, found in speeds.items()}
 
@@ -165,7 +169,7 @@ def measure(tasks: Sequence[Task], peers: Sequence[Peer], options: argparse.Name
     if (busy := os.getloadavg()[0]) > BUSY:
         print(f"the machine is busy (load {busy:.1f}): simulators that use two threads lose more by it than others", flush=True)
     pythons, broken = {OURS: Path(sys.executable)}, {}
-    for package in dict.fromkeys(peer.package for peer in peers):
+    for package in dict.fromkeys(peer.package for peer in peers if peer.package != OURS):
         print(f"environment of {package} in {options.folder / package}", flush=True)
         try:
             pythons[package] = prepare(package, options.folder)

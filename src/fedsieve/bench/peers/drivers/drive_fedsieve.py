@@ -1,6 +1,7 @@
-"""Plays a job with fedsieve: `python drive_fedsieve.py JOB.npz RECORD.json`."""
+"""Plays a job with fedsieve: `python drive_fedsieve.py JOB.npz RECORD.json [bf16]`."""
 
 import sys
+from typing import Literal
 
 from fedsieve import warm_up
 
@@ -17,7 +18,7 @@ from fedsieve.models.spec import build
 from fedsieve.settings import Engine, Local, Model
 
 
-def main(path: str, out: str) -> None:
+def main(path: str, out: str, precision: Literal["fp32", "bf16"] = "fp32") -> None:
     """Run FedAvg on the examples and the partition of the job; the engine draws the cohorts that the job lists."""
     job, record = Job.read(path, images="bytes"), Record()
     data = Federation(
@@ -34,11 +35,11 @@ def main(path: str, out: str) -> None:
         FedAvg(),
         model=build(model, data.shape, data.classes),
         data=data,
-        local=Local(lr=job.lr, batch=job.batch),
+        local=Local(lr=job.lr, batch=job.batch, precision=precision),
         engine=Engine(rounds=job.rounds, cohort=job.cohort, workers=job.processes, eval_every=job.every, eval_clients=0),
         watch=lambda row: record.ended(row["accuracy"]),
     )
-    record.write(out, "fedsieve", f"{job.processes} workers")
+    record.write(out, "fedsieve", f"{job.processes} workers, {precision}")
 
 
 if __name__ == "__main__":
