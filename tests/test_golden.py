@@ -216,7 +216,7 @@ class Untrained:
     def train(self, params, masks=None, momentum=None, **_):
         noise = torch.from_numpy(self.stream("noise").uniform(self.layout.size) - 0.5).float() * 1e-3
         moved = Params(self.layout, params.flat + noise)
-        return Trained(moved.under(masks), 1, 0.0, None)
+        return Trained(moved.under(masks), 1, 0.0, None, 1)
 
 
 def test_a_client_that_missed_rounds_pays_for_what_it_lacks():

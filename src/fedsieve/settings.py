@@ -235,5 +235,7 @@ class Engine:
     """rounds between evaluations, >= 1; the last round is always evaluated"""
     eval_clients: CountOrZero = 100
     """clients on whose own test examples the model is evaluated too, >= 0 (0: none)"""
+    eval_tune: CountOrZero = 0
+    """epochs that each of these clients then trains on its own examples to be evaluated once more, >= 0 (0: it does not)"""
     checkpoint_every: Count = 5
     """rounds between checkpoints, >= 1"""

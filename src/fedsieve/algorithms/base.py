@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from fedsieve.errors import UsageError
 from fedsieve.local.executor import Client, Metrics
@@ -15,7 +15,7 @@ from fedsieve.params import Layout, Masks, Params
 from fedsieve.settings import nearest
 from fedsieve.streams import Streams
 from fedsieve.wire.message import Message, Reason, WireError
-from fedsieve.wire.sections import dense, mask, values, vector
+from fedsieve.wire.sections import Section, dense, mask, number, values, vector
 
 State = TypeVar("State")
 ClientState = TypeVar("ClientState")
@@ -32,6 +32,13 @@ class Job:
     rounds: int
     clients: int
     streams: Streams
+    drawn: int = 0
+    """clients drawn for each round; 0: all"""
+
+    @property
+    def cohort(self) -> int:
+        """Clients of a round."""
+        return self.drawn or self.clients
 
     @property
     def layout(self) -> Layout:
@@ -42,15 +49,17 @@ class Job:
 class Algorithm(Protocol[State, ClientState, Reply]):
     """A method: a frozen dataclass of settings with six pure steps.
 
-    State is passed in and returned, never kept. Whatever goes from server to client or back is in a message, and a message is
-    only bytes on its way. A client may keep a state of its own between its rounds (`mine`); it never leaves the client.
+    State is passed in and returned, never kept. It has a field or property `round`, the number of rounds that are complete: a
+    method with several phases takes several exchanges, broadcast to aggregate, before it counts a round; in each the cohort is
+    the same. Whatever goes from server to client or back is in a message, and a message is only bytes on its way. A client may
+    keep a state of its own between its rounds (`mine`); it never leaves the client.
     """
 
     def init(self, job: Job) -> State:
         """Return the server's state before round 1."""
 
     def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:
-        """Return a message for each client of the cohort; a message object given to several is packed once."""
+        """Return a message for each client of the cohort that is asked; a message object given to several is packed once."""
 
     def client_update(self, request: Message, client: Client, mine: ClientState | None) -> tuple[Message, ClientState | None]:
         """Return the client's reply and what it keeps."""
@@ -63,6 +72,23 @@ class Algorithm(Protocol[State, ClientState, Reply]):
 
     def finalize(self, state: State) -> tuple[Params, Masks]:
         """Return what is evaluated and exported."""
+
+
+@runtime_checkable
+class Personal(Protocol):
+    """What a method has besides if its clients are to be evaluated with models of their own."""
+
+    def evaluation(self, state: Any, clients: Sequence[int], epochs: int) -> Mapping[int, Message]:
+        """Return the request of kind eval to each client: to say how its model does, and how after so many epochs more."""
+
+    def client_evaluate(self, request: Message, client: Client, mine: Any) -> Message:
+        """Return the answer, with the section `counts` as `measured` makes it. What the client keeps stays as it is."""
+
+
+def network(algorithm: Any, state: Any) -> ModelSpec | None:
+    """Return the network that `finalize` returns parameters of: a method may have a step `network(state)`; None: the job's."""
+    found: ModelSpec | None = algorithm.network(state) if hasattr(algorithm, "network") else None
+    return found
 
 
 def names() -> list[str]:
@@ -117,22 +143,33 @@ def weight(reply: Message, weighting: Literal["examples", "uniform"]) -> float:
     return float(examples) if weighting == "examples" else 1.0
 
 
-def evaluation(params: Params, masks: Masks, round: int) -> Message:
-    """Return the request that a client evaluate this model on its own test examples."""
+def evaluation(params: Params, masks: Masks, round: int, epochs: int = 0) -> Message:
+    """Return the request that a client evaluate this model on its own test examples, also after some epochs of training."""
+    sections = {"epochs": number(epochs)}
     if masks.count == masks.layout.maskable:
-        return Message("eval", round, params.layout, {"weights": dense(params)})
-    return Message("eval", round, params.layout, {"mask": mask(masks), "weights": values(params, masks)})
+        return Message("eval", round, params.layout, sections | {"weights": dense(params)})
+    return Message("eval", round, params.layout, sections | {"mask": mask(masks), "weights": values(params, masks)})
 
 
 def evaluate(request: Message, client: Client) -> Message:
     """Answer an evaluation request with the client's counts."""
     masks = request.mask("mask") if "mask" in request.sections else None
     params = request.dense("weights") if masks is None else request.values("weights", masks)
-    found = client.evaluate(params, masks)
-    return request.reply(counts=vector([found.correct, found.loss, found.predictions]))
+    return request.reply(counts=measured(client, params, masks, int(request.number("epochs"))))
 
 
-def counts(reply: Message) -> Metrics:
-    """Read a client's answer to an evaluation request."""
-    correct, loss, predictions = reply.vector("counts").tolist()
-    return Metrics(int(correct), loss, int(predictions))
+def measured(client: Client, params: Params, masks: Masks | None, epochs: int) -> Section:
+    """Return how a model does on the client's own test examples, and again after `epochs` epochs of training if > 0."""
+    found = [client.evaluate(params, masks)]
+    if epochs:
+        found.append(client.evaluate(client.train(params, masks=masks, epochs=epochs, purpose="tune").params, masks))
+    return vector([number for each in found for number in (each.correct, each.loss, each.predictions)])
+
+
+def counts(reply: Message) -> list[Metrics]:
+    """Read a client's answer to an evaluation request: how its model does, and how after training if that was asked."""
+    numbers = reply.vector("counts").tolist()
+    if len(numbers) not in (3, 6):
+        raise WireError(Reason.COUNT, 0, f"counts are {len(numbers)} numbers, not 3 or 6")
+    triples = [numbers[begin : begin + 3] for begin in range(0, len(numbers), 3)]
+    return [Metrics(int(correct), loss, int(predictions)) for correct, loss, predictions in triples]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fedsieve.algorithms.base import Algorithm, evaluate
+from fedsieve.algorithms.base import Algorithm, Personal, evaluate
 from fedsieve.data.batches import Federation
 from fedsieve.engine.freeze import freeze, thaw
 from fedsieve.engine.turns import Turns
@@ -82,10 +82,13 @@ class Device:
         request = self._unpack(payload)
         streams = Streams(plan.seed).at(round=request.round, client=client)
         who = Client(client, self.executor, data.train, data.parts[client], data.test, data.shares[client], streams, train_by)
-        if request.kind == "eval":
+        personal = plan.algorithm if request.kind == "eval" and isinstance(plan.algorithm, Personal) else None
+        if request.kind == "eval" and personal is None:
             return evaluate(request, who), None
         module = type(plan.algorithm).__module__
         state = None if mine is None else thaw(mine, plan.spec.layout, module)
+        if personal is not None:
+            return personal.client_evaluate(request, who, state), None
         reply, state = plan.algorithm.client_update(request, who, state)
         return reply, None if state is None else freeze(state)
 

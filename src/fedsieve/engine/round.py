@@ -1,4 +1,7 @@
-"""One round: state -> broadcast -> bytes -> client update -> bytes -> aggregate -> state, and its record."""
+"""One round: state -> broadcast -> bytes -> client update -> bytes -> aggregate -> state, and its record.
+
+A round is one such exchange, or several where a method has phases: it ends when the method's state says so (`state.round`).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fedsieve.algorithms.base import Algorithm, Job, counts, evaluation
+from fedsieve.algorithms.base import Algorithm, Job, Personal, counts, evaluation, network
 from fedsieve.engine.transports import Lost, Transport
 from fedsieve.errors import Diverged
-from fedsieve.local.executor import Metrics
 from fedsieve.params import Masks, Params
 from fedsieve.settings import Engine
 from fedsieve.wire.ledger import Ledger
@@ -18,6 +20,8 @@ from fedsieve.wire.message import Message, WireError, pack, unpack
 
 Row = dict[str, Any]
 """the record of one round, see docs/records.md"""
+EXCHANGES = 64
+"""most exchanges that a round may consist of"""
 
 
 def play(
@@ -31,19 +35,26 @@ def play(
     spent = transport.flops
     cohort = draw(job, engine, round)
     exchange = Exchange(job, engine, transport, Ledger())
-    requests = exchange.send(algorithm.broadcast(state, cohort))
-    present = {client: payload for client, payload in requests.items() if not drops_out(job, engine, round, client)}
-    exchange.lost.update(dict.fromkeys(requests.keys() - present.keys(), "dropped out"))
-    replies = exchange.receive(present)
-    state = algorithm.aggregate(state, exchange.read(algorithm, state, replies))
+    for _ in range(EXCHANGES):
+        requests = exchange.send(algorithm.broadcast(state, cohort))
+        present = {client: payload for client, payload in requests.items() if not drops_out(job, engine, round, client)}
+        exchange.lost.update(dict.fromkeys(requests.keys() - present.keys(), "dropped out"))
+        replies = exchange.receive(present)
+        state = algorithm.aggregate(state, exchange.read(algorithm, state, replies))
+        if state.round >= round:
+            break
+    else:
+        raise RuntimeError(f"{type(algorithm).__name__} did not end round {round} in {EXCHANGES} exchanges")
     params, masks = algorithm.finalize(state)
-    row: Row = {"round": round, "accuracy": None, "loss": None, "train_loss": exchange.train_loss(), "client_accuracy": None}
+    row: Row = {"round": round, "accuracy": None, "loss": None, "train_loss": exchange.train_loss()}
+    row |= {"client_accuracy": None, "tuned_accuracy": None}
     row |= {"clients": len(cohort), "examples": exchange.examples, "flops": transport.flops - spent}
     row |= {"density": masks.density, "densities": masks.densities() if masks.density < 1 else None}
     if round % engine.eval_every == 0 or round == engine.rounds:
-        found = transport.evaluate(params, masks)
+        found = transport.evaluate(params, masks, network(algorithm, state))
         row |= {"accuracy": found.accuracy, "loss": found.mean_loss}
-        row["client_accuracy"] = _percentiles(exchange.evaluate(params, masks, round))
+        before, after = exchange.evaluate(algorithm, state, params, masks)
+        row |= {"client_accuracy": _percentiles(before), "tuned_accuracy": _percentiles(after)}
     row |= {"lost": {str(client): reason for client, reason in sorted(exchange.lost.items())}}
     return state, row | exchange.ledger.row() | {"peak_memory_mb": transport.peak_memory() / 1e6}
 
@@ -104,23 +115,36 @@ class Exchange:
             except WireError as error:
                 self.lost[client] = str(error)
                 continue
-            self._losses.append((float(loss), int(examples)))
-            self.examples += int(examples)
+            if reply.kind == "train":
+                self._losses.append((float(loss), int(examples)))
+                self.examples += int(examples)
             yield client, content
 
     def train_loss(self) -> float | None:
         """Mean of the clients' training losses by examples; None if nobody answered."""
         return sum(loss * n for loss, n in self._losses) / self.examples if self.examples else None
 
-    def evaluate(self, params: Params, masks: Masks, round: int) -> list[float]:
-        """Have clients evaluate the model on their own test examples; return the accuracy of each that holds some."""
-        job, wanted = self._job, self._engine.eval_clients
+    def evaluate(
+        self, algorithm: Algorithm[Any, Any, Any], state: Any, params: Params, masks: Masks
+    ) -> tuple[list[float], list[float]]:
+        """Have clients evaluate on their own test examples: the global model, or their own where the method keeps such.
+
+        Returns:
+            The accuracy of each client that holds some; and the same after `engine.eval_tune` epochs of training, if any.
+        """
+        job, wanted, epochs = self._job, self._engine.eval_clients, self._engine.eval_tune
         if not wanted:
-            return []
+            return [], []
         chosen = range(job.clients) if job.clients <= wanted else job.streams("evaluation").choice(job.clients, wanted)
-        requests = self.send(dict.fromkeys(map(int, chosen), evaluation(params, masks, round)))
-        found: list[Metrics] = [counts(reply) for _, reply in self.receive(requests)]
-        return [metrics.accuracy for metrics in found if metrics.predictions]
+        clients = [int(client) for client in chosen]
+        if isinstance(algorithm, Personal):
+            messages = algorithm.evaluation(state, clients, epochs)
+        else:
+            messages = dict.fromkeys(clients, evaluation(params, masks, state.round, epochs))
+        found = [counts(reply) for _, reply in self.receive(self.send(messages))]
+        before, *after = zip(*found, strict=True) if found else ((),)
+        shown = [[metrics.accuracy for metrics in each if metrics.predictions] for each in (before, *after)]
+        return shown[0], shown[1] if after else []
 
 
 def total(rows: Sequence[Row], key: str) -> Any:

@@ -34,6 +34,7 @@ from fedsieve.engine.handle import Answer, Device, Plan
 from fedsieve.engine.states import ClientStates
 from fedsieve.errors import Diverged, FedsieveError
 from fedsieve.local.executor import EVALUATION_BATCH, Metrics
+from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Layout, Masks, Params
 from fedsieve.wire.message import Message, WireError, pack, pack_into, packed_size
 
@@ -66,8 +67,8 @@ class Transport(Protocol):
     def exchange(self, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes | bytearray | Lost]]:
         """Carry each client's request to it; yield the replies in ascending client id."""
 
-    def evaluate(self, params: Params, masks: Masks) -> Metrics:
-        """Evaluate the server's model on the server's test examples. Carries nothing and counts nothing."""
+    def evaluate(self, params: Params, masks: Masks, spec: ModelSpec | None = None) -> Metrics:
+        """Evaluate a model on the server's test examples; `spec`: of another network. Carries nothing and counts nothing."""
 
     def peak_memory(self) -> int:
         """Largest resident memory so far, in bytes, summed over processes (shared pages count in each)."""
@@ -89,7 +90,7 @@ class Sequential:
     @property
     def flops(self) -> int:
         """Floating-point operations that training took so far."""
-        return self._device.executor.flops
+        return self._device.executor.total_flops
 
     def exchange(self, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes | bytearray | Lost]]:
         """Carry each client's request to it; yield the replies in ascending client id."""
@@ -101,9 +102,10 @@ class Sequential:
                     self.states.put(client, mine)
                 yield client, payload
 
-    def evaluate(self, params: Params, masks: Masks) -> Metrics:
+    def evaluate(self, params: Params, masks: Masks, spec: ModelSpec | None = None) -> Metrics:
         """Evaluate on the server's test examples."""
-        pieces = [_evaluate(self._device, self._plan, params, masks, shard) for shard in range(_shards(self._plan))]
+        spec = spec or self._plan.spec
+        pieces = [_evaluate(self._device, self._plan, spec, params, masks, shard) for shard in range(_shards(self._plan))]
         return sum(pieces, Metrics(0, 0.0, 0))
 
     def peak_memory(self) -> int:
@@ -177,13 +179,13 @@ class Workers:
             for client in group:
                 yield client, ready.pop(client)
 
-    def evaluate(self, params: Params, masks: Masks) -> Metrics:
+    def evaluate(self, params: Params, masks: Masks, spec: ModelSpec | None = None) -> Metrics:
         """Evaluate on the server's test examples, in pieces spread over the workers."""
-        model, support = _model_in(self._sent, self._layout)
+        model, support = _model_in(self._sent, params.layout)
         model.flat.copy_(params.flat)
         support.kept.copy_(masks.kept)
         for worker in range(len(self._pipes)):
-            self._send(worker, ("evaluate", list(range(worker, _shards(self._plan), len(self._pipes)))))
+            self._send(worker, ("evaluate", list(range(worker, _shards(self._plan), len(self._pipes))), spec))
         pieces: dict[int, Metrics] = {}
         for worker in range(len(self._pipes)):
             pieces.update(self._receive(worker))
@@ -314,9 +316,9 @@ def _model_in(block: Arena, layout: Layout) -> tuple[Params, Masks]:
     return Params(layout, flat), Masks(layout, kept)
 
 
-def _evaluate(device: Device, plan: Plan, params: Params, masks: Masks, shard: int) -> Metrics:
+def _evaluate(device: Device, plan: Plan, spec: ModelSpec, params: Params, masks: Masks, shard: int) -> Metrics:
     test = plan.federation.test
-    return device.executor.evaluate(params, test, np.arange(shard * SHARD, min(len(test), (shard + 1) * SHARD)), masks)
+    return device.executor.of(spec).evaluate(params, test, np.arange(shard * SHARD, min(len(test), (shard + 1) * SHARD)), masks)
 
 
 def _shared(plan: Plan) -> dict[str, SharedTensor]:
@@ -361,7 +363,9 @@ def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots:
             if task[0] == "exchange":
                 views = {}
             elif task[0] == "evaluate":
-                _send(pipe, {shard: _evaluate(device, plan, *_model_in(sent, plan.spec.layout), shard) for shard in task[1]})
+                spec = task[2] or plan.spec
+                model = _model_in(sent, spec.layout)
+                _send(pipe, {shard: _evaluate(device, plan, spec, *model, shard) for shard in task[1]})
             elif task[0] == "memory":
                 _send(pipe, peak_memory())
             else:
@@ -369,13 +373,13 @@ def _work(pipe: Connection, parent: Connection, shared: Any, sent: Arena, slots:
                     (client, views.setdefault(at, sent.view[slice(*at)].toreadonly()) if isinstance(at, tuple) else at, mine)
                     for client, at, mine in task[1]
                 ]
-                before = device.executor.flops
+                before = device.executor.total_flops
                 turn = 1 - turn
                 answers = []
                 for place, ((client, *_), answer) in enumerate(zip(asked, device.answers(asked), strict=True)):
                     begin = (turn * plan.group + place) * room
                     answers.append((client, *_sent(answer, partial(_put, slots.view[begin : begin + room], begin))))
-                _send(pipe, (answers, device.executor.flops - before))
+                _send(pipe, (answers, device.executor.total_flops - before))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except BaseException:

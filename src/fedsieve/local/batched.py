@@ -10,7 +10,7 @@ rounding takes the input of a ReLU across zero they part by more, as they do fro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from math import isfinite
 
@@ -28,6 +28,7 @@ from fedsieve.local.optim import Sgd, rate
 from fedsieve.local.perceptron import Perceptron
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Masks, Params, finite
+from fedsieve.reparam.base import Reparam
 from fedsieve.settings import Local
 from fedsieve.streams import Streams
 
@@ -49,29 +50,30 @@ class Call:
     epochs: int | None = None
     momentum: Tensor | None = None
     proximal: float = 0.0
+    drift: Tensor | None = None
+    moves: Tensor | None = None
+    reparam: Reparam | None = None
+    lr: float | None = None
     purpose: str = "train"
 
     def alone(self, executor: Executor) -> Trained | FedsieveError:
         """Train this client by itself; return its error, if that is the client's own."""
         try:
-            return executor.train(
-                self.params,
-                self.examples,
-                self.order,
-                self.streams,
-                masks=self.masks,
-                epochs=self.epochs,
-                momentum=self.momentum,
-                proximal=self.proximal,
-                purpose=self.purpose,
-            )
+            return executor.train(**{field.name: getattr(self, field.name) for field in fields(self)})
         except FedsieveError as error:
             return error
 
+    @property
+    def is_own(self) -> bool:
+        """Whether its rule is so much its own that it is trained by itself."""
+        return self.drift is not None or self.moves is not None or self.reparam is not None
+
     def suits(self, other: Call) -> bool:
         """Whether two clients can be trained in one batch: on the same support, by the same rule, for as many epochs."""
-        rules = ((call.epochs, call.proximal, call.streams.round, id(call.examples)) for call in (self, other))
-        if len(set(rules)) > 1:
+        if self is other:
+            return True
+        rules = ((call.epochs, call.proximal, call.lr, call.streams.round, id(call.examples)) for call in (self, other))
+        if len(set(rules)) > 1 or any(call.is_own for call in (self, other)):
             return False
         if self.masks is None or other.masks is None:
             return self.masks is other.masks
@@ -147,7 +149,8 @@ class Stack:
             if support is not None and vectors is not None:
                 vectors[:, : layout.maskable].mul_(support)
         sizes = [len(call.order) for call in calls]
-        lr, steps = rate(local, first.streams.round, rounds), list(_steps(sizes, local.batch))
+        lr = rate(local, first.streams.round, rounds) if first.lr is None else first.lr
+        steps = list(_steps(sizes, local.batch))
         optims = {
             (rows.start, rows.stop): Sgd(
                 local,
@@ -161,7 +164,8 @@ class Stack:
             for rows, _, _ in steps
         }
         totals, predictions = torch.zeros(len(calls)), [0] * len(calls)
-        for epoch in range(local.epochs if first.epochs is None else first.epochs):
+        epochs = local.epochs if first.epochs is None else first.epochs
+        for epoch in range(epochs):
             orders = [
                 call.order[call.streams(f"{call.purpose}/shuffle/{epoch}").permutation(len(call.order))] for call in calls
             ]
@@ -182,7 +186,8 @@ class Stack:
                 results.append(diverged(call.streams, mean_loss))
                 continue
             kept = None if velocity is None else velocity[row].clone()
-            results.append(Trained(Params(layout, weights[row].clone()), sizes[row], mean_loss, kept))
+            taken = epochs * -(-sizes[row] // local.batch)
+            results.append(Trained(Params(layout, weights[row].clone()), sizes[row], mean_loss, kept, taken))
         return results
 
     def _of(self, rows: slice) -> Perceptron:

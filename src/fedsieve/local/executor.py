@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from fedsieve.local.optim import Sgd, rate
 from fedsieve.models.compact import compact
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Layout, Masks, Params, finite
+from fedsieve.reparam.base import Reparam
 from fedsieve.settings import Local
 from fedsieve.streams import Stream, Streams
 
@@ -39,12 +41,15 @@ class Trained:
     """What local training returns."""
 
     params: Params
+    """what was learned; with a reparametrisation not what the network computes with"""
     examples: int
     """training examples that the client holds"""
     loss: float
     """mean training loss over the steps of all epochs"""
     momentum: Tensor | None
     """velocity after the last step, shape (layout.trainable,); None without momentum"""
+    steps: int
+    """steps that were taken"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,18 @@ class Executor:
         self.flops = 0
         """floating-point operations spent in training since the last reset, masks respected, backward as twice forward"""
         self._forms: list[tuple[Tensor, Tensor | None, Form]] = []
+        self._others: dict[bytes, Executor] = {}
+
+    def of(self, spec: ModelSpec) -> Executor:
+        """Return the executor of another network on the same device; networks are told apart by their layouts."""
+        if spec.layout.fingerprint == self.spec.layout.fingerprint:
+            return self
+        return self._others.setdefault(spec.layout.fingerprint, Executor(spec, self.local, self.rounds))
+
+    @property
+    def total_flops(self) -> int:
+        """Floating-point operations spent in training, other networks included."""
+        return self.flops + sum(other.total_flops for other in self._others.values())
 
     def train(
         self,
@@ -97,12 +114,17 @@ class Executor:
         epochs: int | None = None,
         momentum: Tensor | None = None,
         proximal: float = 0.0,
+        drift: Tensor | None = None,
+        moves: Tensor | None = None,
+        reparam: Reparam | None = None,
+        lr: float | None = None,
         purpose: str = "train",
     ) -> Trained:
         """Train from `params` on the examples `order` names. See `Client.train`."""
         local, layout = self.local, self.spec.layout
         epochs = local.epochs if epochs is None else epochs
-        form = self._form(masks, params if momentum is None else None)
+        usual = momentum is None and drift is None and moves is None and reparam is None
+        form = self._form(masks, params if usual else None)
         bound = form.bound
         support = form.support(masks) if masks is not None else None
         velocity = None
@@ -112,23 +134,41 @@ class Executor:
         for vector in (bound.weights, velocity):
             if support is not None and vector is not None:
                 vector[: len(support[0])].mul_(support[0])
-        weights = (bound.weights[: bound.trainable], bound.weight_views)
-        gradient = (bound.gradient, bound.gradient_views)
-        optim = Sgd(local, rate(local, streams.round, self.rounds), weights, gradient, velocity, support, proximal)
-        total, predictions = torch.zeros((), device=self.device), 0
+        seen = learned = bound.weights[: bound.trainable]
+        mapped = None
+        if reparam is not None:
+            learned, bring = seen.clone(), _bringing(form, layout)
+            mapped = (reparam.bound(bring, streams(f"{purpose}/reparam")), seen, len(bring(torch.zeros(layout.maskable))))
+        optim = Sgd(
+            local,
+            rate(local, streams.round, self.rounds) if lr is None else lr,
+            (learned, bound.weight_views),
+            (bound.gradient, bound.gradient_views),
+            velocity,
+            support,
+            proximal,
+            drift=None if drift is None else form.inward(drift),
+            moves=None if moves is None else form.inward(moves.float()),
+            reparam=mapped,
+        )
+        total, predictions, steps = torch.zeros((), device=self.device), 0, 0
         with self._steps(form, optim, streams, purpose) as step:
             for epoch in range(epochs):
                 shuffled = order[streams(f"{purpose}/shuffle/{epoch}").permutation(len(order))]
                 augment = streams(f"{purpose}/augment/{epoch}") if examples.augment else None
                 for x, y in examples.epoch(shuffled, local.batch, augment):
+                    optim.begin()
                     total.add_(step(x, y), alpha=y.numel())
                     predictions += y.numel()
+                    steps += 1
         self.flops += 3 * epochs * len(order) * self.forward_flops(masks)
         mean_loss = float(total) / max(1, predictions)
+        if reparam is not None:
+            seen.copy_(learned)
         if not isfinite(mean_loss) or not finite(bound.weights):
             raise diverged(streams, mean_loss)
         kept = None if velocity is None else form.outward(velocity, torch.zeros(layout.trainable))
-        return Trained(Params(layout, form.outward(bound.weights, params.flat)), len(order), mean_loss, kept)
+        return Trained(Params(layout, form.outward(bound.weights, params.flat)), len(order), mean_loss, kept, steps)
 
     @contextmanager
     def _steps(self, form: Form, optim: Sgd, streams: Streams, purpose: str) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
@@ -174,6 +214,75 @@ class Executor:
         predictions = len(order) * examples.y[0].numel()
         return Metrics(int(torch.stack(correct).sum()), float(torch.stack(losses).double().sum()), predictions)
 
+    def gradients(
+        self,
+        params: Params,
+        batches: Iterator[tuple[Tensor, Tensor]],
+        masks: Masks | None = None,
+        *,
+        power: int = 1,
+        training: bool = False,
+        curvature: bool = False,
+        temperature: float = 1.0,
+        stream: Stream,
+    ) -> Tensor:
+        """Return the mean gradient over some batches, of pruned weights too. See `Client.gradients`."""
+        form = self._recorded if curvature else self._all
+        bound = form.bound
+        bound.weights.copy_(form.inward((params if masks is None else params.under(masks)).flat))
+        given = list(batches)
+        _mode(form.module, training=training)
+
+        def mean(of: Callable[[Tensor], tuple[Tensor, ...]]) -> Tensor:
+            total, predictions = torch.zeros_like(bound.gradient), 0
+            for x, y in given:
+                loss = self.spec.loss(form.module(x) / temperature, y)
+                torch._foreach_copy_(bound.gradient_views, of(loss))
+                total.add_(bound.gradient.pow(power), alpha=y.numel())
+                predictions += y.numel()
+            return total.div_(max(1, predictions))
+
+        def first(loss: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(loss, bound.parameters, materialize_grads=True)
+
+        with _torch_stream(stream, self.device):
+            found = mean(first)
+            if curvature:
+                along = torch.split(found, [view.numel() for view in bound.gradient_views])
+
+                def second(loss: Tensor) -> tuple[Tensor, ...]:
+                    slopes = torch.autograd.grad(loss, bound.parameters, create_graph=True, materialize_grads=True)
+                    flat = (slope.permute(0, 2, 3, 1) if slope.dim() == 4 else slope for slope in slopes)
+                    flow = torch.stack([slope.flatten() @ part for slope, part in zip(flat, along, strict=True)]).sum()
+                    return torch.autograd.grad(flow, bound.parameters, materialize_grads=True)
+
+                found = mean(second)
+        self.flops += (9 if curvature else 3) * sum(len(y) for _, y in given) * self.forward_flops(None)
+        return form.outward(found, torch.zeros(self.spec.layout.trainable))
+
+    @torch.no_grad()
+    def statistics(self, params: Params, batches: Iterator[tuple[Tensor, Tensor]], masks: Masks | None = None) -> Params:
+        """Return `params` with normalisation statistics measured on some batches. See `Client.statistics`."""
+        form = self._all
+        form.bound.weights.copy_(form.inward((params if masks is None else params.under(masks)).flat))
+        _mode(form.module, training=False)
+        norms = [layer for layer in form.module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        usual = [layer.momentum for layer in norms]
+        for layer in norms:
+            layer.reset_running_stats()
+            layer.train()
+            layer.momentum = None  # the mean over all batches
+        try:
+            for x, _ in batches:
+                form.module(x)
+        finally:
+            for layer, momentum in zip(norms, usual, strict=True):
+                layer.momentum = momentum
+                layer.eval()
+        measured, flat = form.outward(form.bound.weights, params.flat), params.flat.clone()
+        flat[self.spec.layout.trainable :] = measured[self.spec.layout.trainable :]
+        return Params(self.spec.layout, flat)
+
     def _form(self, masks: Masks | None, start: Params | None = None) -> Form:
         """Return the form to work on under masks; the last ones are kept, since the clients of a round share them.
 
@@ -207,6 +316,11 @@ class Executor:
     def _all(self) -> Form:
         """The form of all weights."""
         return Whole(self.spec, self.local)
+
+    @cached_property
+    def _recorded(self) -> Form:
+        """The form of all weights by PyTorch's own operations, which can be differentiated twice."""
+        return Whole(self.spec, replace(self.local, convolution="library"))
 
     def forward_flops(self, masks: Masks | None) -> int:
         """Floating-point operations of one example's forward pass."""
@@ -245,9 +359,19 @@ class Client:
         return len(self._part)
 
     @property
+    def spec(self) -> ModelSpec:
+        """The network that the federation trains."""
+        return self._executor.spec
+
+    @property
     def layout(self) -> Layout:
-        """Layout of the model."""
-        return self._executor.spec.layout
+        """Layout of the network."""
+        return self.spec.layout
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the round, as the section `local` says."""
+        return rate(self._executor.local, self.stream.round, self.rounds)
 
     def train(
         self,
@@ -257,6 +381,11 @@ class Client:
         epochs: int | None = None,
         momentum: Tensor | None = None,
         proximal: float = 0.0,
+        drift: Tensor | None = None,
+        moves: Tensor | None = None,
+        reparam: Reparam | None = None,
+        lr: float | None = None,
+        spec: ModelSpec | None = None,
         purpose: str = "train",
     ) -> Trained:
         """Train on the client's own examples by SGD as the section `local` says.
@@ -267,26 +396,104 @@ class Client:
             epochs: passes over the data; default: the setting.
             momentum: velocity to start from, shape (layout.trainable,); default: zero.
             proximal: weight of (1/2)||w - params||^2 added to the loss.
+            drift: vector added to every gradient, shape (layout.trainable,).
+            moves: which parameters are trained, bool of shape (layout.trainable,); the others stay as they are.
+            reparam: makes the weights that the network computes with of those that are trained; `params` are the latter.
+            lr: learning rate; default: the setting's for this round.
+            spec: another network, of which `params` are; default: that of the federation.
             purpose: name of the random streams (order of the examples, dropout); another one for a second training in a round.
 
         Raises:
             Diverged: the loss or a parameter is not finite.
         """
-        return self._train_by(
-            params,
-            self._train,
-            self._part,
-            self.stream,
-            masks=masks,
-            epochs=epochs,
-            momentum=momentum,
-            proximal=proximal,
-            purpose=purpose,
-        )
+        settings: dict[str, Any] = {
+            "masks": masks,
+            "epochs": epochs,
+            "momentum": momentum,
+            "proximal": proximal,
+            "drift": drift,
+            "moves": moves,
+            "reparam": reparam,
+            "lr": lr,
+            "purpose": purpose,
+        }
+        where = (params, self._train, self._part, self.stream)
+        if spec is not None:
+            return self._executor.of(spec).train(*where, **settings)
+        return self._train_by(*where, **settings)
 
-    def evaluate(self, params: Params, masks: Masks | None = None) -> Metrics:
+    def evaluate(self, params: Params, masks: Masks | None = None, spec: ModelSpec | None = None) -> Metrics:
         """Evaluate on the client's own test examples, `params` being zero where the masks are."""
-        return self._executor.evaluate(params, self._test, self._share, masks)
+        return self._executor.of(spec or self.spec).evaluate(params, self._test, self._share, masks)
+
+    def evaluate_training(self, params: Params, masks: Masks | None = None) -> Metrics:
+        """Evaluate on the client's own training examples, for choices that must not look at test examples."""
+        return self._executor.evaluate(params, self._train, self._part, masks)
+
+    def gradients(
+        self,
+        params: Params,
+        masks: Masks | None = None,
+        *,
+        batches: int | None = 1,
+        power: int = 1,
+        training: bool = False,
+        curvature: bool = False,
+        temperature: float = 1.0,
+        purpose: str = "gradients",
+    ) -> Params:
+        """Return the mean gradient of the loss on the client's own examples, with respect to pruned weights too.
+
+        Args:
+            params: where the gradient is taken.
+            masks: `params` count as zero where these are.
+            batches: of `local.batch` examples drawn without replacement; None: all examples.
+            power: 2 for the mean over the batches of the squared gradient.
+            training: normalise by the batch and drop out, as training does; else as evaluation does.
+            curvature: return H g instead, the product of the Hessian with the mean gradient g: the gradient of (1/2)||g||^2.
+            temperature: scores are divided by it before the loss.
+            purpose: name of the random stream that draws the examples.
+
+        Returns:
+            Parameters that hold the gradient, zero for statistics.
+        """
+        flat = torch.zeros(self.layout.size)
+        flat[: self.layout.trainable] = self._executor.gradients(
+            params,
+            self._batches(batches, purpose),
+            masks,
+            power=power,
+            training=training,
+            curvature=curvature,
+            temperature=temperature,
+            stream=self.stream(f"{purpose}/torch"),
+        )
+        return Params(self.layout, flat)
+
+    def statistics(
+        self, params: Params, masks: Masks | None = None, *, batches: int | None = None, purpose: str = "statistics"
+    ) -> Params:
+        """Return `params` with BatchNorm's running mean and variance measured on the client's own examples, no gradient taken.
+
+        Each is the mean over the batches (None: of all examples). What is no BatchNorm statistic is returned as it is.
+        """
+        return self._executor.statistics(params, self._batches(batches, purpose), masks)
+
+    def _batches(self, count: int | None, purpose: str) -> Iterator[tuple[Tensor, Tensor]]:
+        batch = self._executor.local.batch
+        order = self._part[self.stream(purpose).permutation(len(self._part))]
+        return self._train.epoch(order if count is None else order[: count * batch], batch)
+
+
+def _bringing(form: Form, layout: Layout) -> Callable[[Tensor], Tensor]:
+    """Return what puts a vector over the maskable weights into the order of a form, and leaves out what that does not hold."""
+    held = form.inward(torch.cat([torch.ones(layout.maskable), torch.zeros(layout.trainable - layout.maskable)]))
+    count = int(held.sum())
+
+    def bring(vector: Tensor) -> Tensor:
+        return form.inward(torch.cat([vector, torch.zeros(layout.trainable - layout.maskable)]))[:count].contiguous()
+
+    return bring
 
 
 def diverged(streams: Streams, mean_loss: float) -> Diverged:

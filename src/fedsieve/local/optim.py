@@ -7,6 +7,7 @@ from math import cos, pi
 import torch
 from torch import Tensor
 
+from fedsieve.reparam.base import Reparam
 from fedsieve.settings import Local
 
 
@@ -22,12 +23,14 @@ def rate(local: Local, round: int, rounds: int) -> float:
 class Sgd:
     """A client's optimiser over the flat trainable vector, or that of several with a row each, in place.
 
-        g = gradient + weight_decay * w + proximal * (w - anchor), zero where pruned;  v = momentum * v + g
-        w -= lr * (g + momentum * v if nesterov else v)
+        g = gradient + drift + weight_decay * w + proximal * (w - anchor), zero where pruned or fixed
+        v = momentum * v + g;  w -= lr * (g + momentum * v if nesterov else v)
 
     The rule is that of Sutskever et al. 2013 in the form common to deep-learning libraries (v starts at the first gradient).
-    With a mask, weights and momentum that start on the support stay on it exactly, after every step. Without momentum, weight
-    decay and proximal term each tensor moves by its own gradient, without a pass through the flat one: bit for bit the same.
+    With a mask, weights and momentum that start on the support stay on it exactly, after every step. If nothing but gradient
+    and mask counts, each tensor moves by its own gradient, without a pass through the flat one: bit for bit the same.
+
+    With a reparametrisation w is what is learned; the network computes with `seen`, which `begin` makes of it before each step.
 
     Args:
         local: momentum, nesterov, weight_decay.
@@ -37,6 +40,10 @@ class Sgd:
         velocity: shape (..., trainable); None without momentum.
         support: shape (maskable,), 0.0 or 1.0, and its views, one a maskable tensor; None without a mask.
         proximal: weight of (1/2)||w - anchor||^2 (FedProx: Li et al. 2020, arXiv 1812.06127, equation 2).
+        drift: added to each gradient, shape (trainable,); None: nothing.
+        moves: 1.0 where a weight is trained, 0.0 where it stays as it is, shape (trainable,); None: all are trained.
+        reparam: the map, the vector that the network computes with, shape (trainable,), and how many of its first elements the
+            map is for; None: the network computes with the weights themselves.
     """
 
     def __init__(
@@ -48,14 +55,26 @@ class Sgd:
         velocity: Tensor | None,
         support: tuple[Tensor, list[Tensor]] | None,
         proximal: float,
+        drift: Tensor | None = None,
+        moves: Tensor | None = None,
+        reparam: tuple[Reparam, Tensor, int] | None = None,
     ) -> None:
         self._local, self._lr, self._proximal, self._velocity = local, lr, proximal, velocity
         (self._weights, self._weight_views), (self._gradient, self._gradient_views) = weights, gradient
         self._support, self._support_views = support or (self._gradient[..., :0], [])
         self._anchor = self._weights.clone() if proximal else None
-        self._plain = velocity is None and not proximal and not local.weight_decay
+        self._drift, self._moves, self._reparam = drift, moves, reparam
+        self._plain = not local.weight_decay and all(term is None for term in (velocity, self._anchor, drift, moves, reparam))
         self.direct = lr if self._plain else 0.0
         """learning rate at which a layer may move its weights itself, before `move`; 0: it writes its gradients down"""
+
+    def begin(self) -> None:
+        """Show the network what it computes with; to be called before each step."""
+        if self._reparam is None:
+            return
+        reparam, seen, n = self._reparam
+        with torch.no_grad():
+            seen[:n], seen[n:] = reparam.effective(self._weights[:n]), self._weights[n:]
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...]) -> None:
@@ -77,17 +96,30 @@ class Sgd:
             if support:
                 weights[..., :support].mul_(self._support)
             return
+        if self._reparam is not None:
+            reparam, _, n = self._reparam
+            reparam.backward(weights[:n], gradient[:n])
+        if self._drift is not None:
+            gradient.add_(self._drift)
         if self._local.weight_decay:
             gradient.add_(weights, alpha=self._local.weight_decay)
         if self._anchor is not None:
             gradient.add_(weights, alpha=self._proximal).sub_(self._anchor, alpha=self._proximal)
         if support:
             gradient[..., :support].mul_(self._support)
+        if self._moves is not None:
+            gradient.mul_(self._moves)
+        self._along(gradient)
+        if self._reparam is not None:
+            reparam, _, n = self._reparam
+            reparam.settle(weights[:n])
+
+    def _along(self, gradient: Tensor) -> None:
         if self._velocity is None:
-            weights.add_(gradient, alpha=-self._lr)
+            self._weights.add_(gradient, alpha=-self._lr)
             return
         self._velocity.mul_(self._local.momentum).add_(gradient)
         if self._local.nesterov:
-            weights.add_(gradient, alpha=-self._lr).add_(self._velocity, alpha=-self._lr * self._local.momentum)
+            self._weights.add_(gradient, alpha=-self._lr).add_(self._velocity, alpha=-self._lr * self._local.momentum)
         else:
-            weights.add_(self._velocity, alpha=-self._lr)
+            self._weights.add_(self._velocity, alpha=-self._lr)
