@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from xxhash import xxh3_128_digest
 
 from fedsieve.data.batches import Examples
 from fedsieve.errors import Diverged
@@ -89,7 +90,7 @@ class Executor:
         self.device = torch.device(local.device)
         self.flops = 0
         """floating-point operations spent in training since the last reset, masks respected, backward as twice forward"""
-        self._forms: list[tuple[Tensor, Tensor | None, Form]] = []
+        self._forms: list[tuple[bytes, Tensor | None, Form]] = []
         self._others: dict[bytes, Executor] = {}
 
     def of(self, spec: ModelSpec) -> Executor:
@@ -293,17 +294,16 @@ class Executor:
         if masks is None:
             return self._all
         flat = start.flat if start is not None and self.local.compact else None
+        key = xxh3_128_digest(masks.kept.numpy().data)  # comparing bools takes longer than this
         for kept, known, form in self._forms:
-            if torch.equal(kept, masks.kept) and (
-                flat is None if known is None else flat is not None and torch.equal(known, flat)
-            ):
+            if kept == key and (flat is None if known is None else flat is not None and torch.equal(known, flat)):
                 return form
         form = self._made(self.spec, masks)
         if start is not None and flat is not None:
             small = compact(self.spec, start, masks, training=True)
             if small.spec.layout.size < self.spec.layout.size:
                 form = Shrunk(small, masks, self._made(small.spec, small.shrink_masks(masks)))
-        self._forms = [(masks.kept.clone(), None if flat is None else flat.clone(), form), *self._forms[: FORMS - 1]]
+        self._forms = [(key, None if flat is None else flat.clone(), form), *self._forms[: FORMS - 1]]
         return form
 
     def _made(self, spec: ModelSpec, masks: Masks) -> Form:

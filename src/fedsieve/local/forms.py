@@ -191,14 +191,14 @@ def sparse_layers(module: nn.Module, masks: Masks, local: Local) -> list[str]:
     kernels take longer to load than they save.
     """
     uses = Counter(id(tensor) for each in module.modules() for tensor in each._parameters.values())
-    names, light, weights = [], [], 0
+    names, light, weights, kept = [], [], 0, masks.counts()
     for name, layer in module.named_modules():
         slot = masks.layout.named.get(f"{name}.weight")
         linear = type(layer) is nn.Linear
         most = local.sparse_linear if linear else local.sparse_conv if _convolves(layer) else 0.0
         if slot is None or not slot.maskable or not most or uses[id(layer.weight)] > 1:
             continue
-        if int(masks[slot.name].sum()) <= most * slot.numel:
+        if kept[slot.name] <= most * slot.numel:
             names.append(name)
             weights += slot.numel
         elif slot.numel <= LIGHT if linear else slot.shape[1] <= FEW:

@@ -139,10 +139,10 @@ class ModelSpec:
 
     def density_flops(self, masks: Masks) -> int:
         """Return the forward FLOPs of one example under the masks: each maskable slot's FLOPs times its density."""
-        total = 0
+        total, kept = 0, masks.counts()
         for slot in self.layout.slots:
             flops = self.flops[slot.name]
-            total += flops * int(masks[slot.name].sum()) // slot.numel if slot.maskable else flops
+            total += flops * kept[slot.name] // slot.numel if slot.maskable else flops
         return total
 
 

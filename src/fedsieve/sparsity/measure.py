@@ -9,8 +9,8 @@ from fedsieve.params import Layout, Masks, Params
 
 def overlap(one: Masks, other: Masks) -> float:
     """Return the weights that both keep over those that either keeps (Jaccard), in [0, 1]; 1 if neither keeps any."""
-    either = int((one.kept | other.kept).sum())
-    return int((one.kept & other.kept).sum()) / either if either else 1.0
+    either = Masks(one.layout, one.kept | other.kept).count
+    return (one & other).count / either if either else 1.0
 
 
 def sign_flips(before: Params, after: Params, masks: Masks) -> float:

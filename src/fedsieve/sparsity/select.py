@@ -57,8 +57,8 @@ def guarded(scores: Tensor, keep: int, *, within: Masks, ties: Stream, floor: in
         UsageError: `keep` is less than the floors add up to.
     """
     masks = select(scores, keep, within=within, ties=ties)
-    layout, found = within.layout, {slot.name: int(masks[slot.name].sum()) for slot in within.layout.masked_slots}
-    least = {name: min(floor, int(within[name].sum())) for name in found}
+    layout, found = within.layout, masks.counts()
+    least = {name: min(floor, count) for name, count in within.counts().items()}
     short = {name for name, count in found.items() if count < least[name]}
     if not short:
         return masks, ()

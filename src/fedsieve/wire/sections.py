@@ -393,8 +393,7 @@ def _sizes(layout: Layout) -> list[int]:
 
 def _counts(masks: Masks) -> list[int]:
     """Weights kept in each maskable slot."""
-    bits = _bits(masks)
-    return [int(np.count_nonzero(bits[slice(*masks.layout.spans[slot.name])])) for slot in masks.layout.masked_slots]
+    return list(masks.counts().values())
 
 
 def _index_width(layout: Layout) -> int:
