@@ -12,26 +12,22 @@ config.toml, summary.json and records.csv are kept; table.md and accuracy_megaby
 
 from __future__ import annotations
 
-import json
-import shutil
 import statistics
 import sys
 from collections.abc import Iterator
-from csv import DictReader
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedsieve import files
 from fedsieve.algorithms.fedavg import FedAvg
 from fedsieve.algorithms.fedsparsify import FedSparsify
+from fedsieve.bench import study
 from fedsieve.config import Config
-from fedsieve.report.records import read
-from fedsieve.report.table import csv, markdown
+from fedsieve.report.table import markdown
 from fedsieve.settings import Data, Engine, Local, Model
 
 DENSITIES = (0.2, 0.1, 0.05, 0.01)
@@ -53,6 +49,11 @@ class Cell:
         return (
             "fedavg" if isinstance(self.algorithm, FedAvg) else f"fedsparsify-{self.algorithm.variant}-{self.algorithm.density}"
         )
+
+    @property
+    def place(self) -> Path:
+        """Where its runs are kept."""
+        return Path(self.study, self.split, self.method)
 
     def config(self, seed: int) -> Config:
         """Return the config of one seed."""
@@ -80,34 +81,24 @@ def cells() -> Iterator[Cell]:
 
 def play(cell: Cell, seed: int, folder: Path) -> None:
     """Run one cell with one seed, or go on with it, and keep its small files."""
-    kept = folder / cell.study / cell.split / cell.method / f"seed{seed}"
-    if (kept / "summary.json").is_file():
-        return
-    out = Path("runs") / "reproduce" / cell.study / cell.split / cell.method / f"seed{seed}"
-    result = cell.config(seed).run(out, resume=(out / "config.toml").is_file())
-    kept.mkdir(parents=True, exist_ok=True)
-    files.replace(kept / "records.csv", csv(read(out)))
-    shutil.copy(out / "config.toml", kept)
-    shutil.copy(out / "summary.json", kept)
-    shutil.rmtree(out)
-    print(
-        f"{cell.study} {cell.split} {cell.method} seed {seed}: accuracy {result.accuracy:.4f}, density {result.density:.4f}",
-        flush=True,
-    )
+    found = study.play(cell.config(seed), folder, cell.place / f"seed{seed}")
+    if found:
+        print(
+            f"{cell.study} {cell.split} {cell.method} seed {seed}: accuracy {found['accuracy']:.4f},"
+            f" density {found['density']:.4f}",
+            flush=True,
+        )
 
 
 def table(folder: Path) -> str:
     """Return the table over all runs that are in the folder."""
     body = []
     for cell in cells():
-        found = [
-            json.loads(path.read_text())
-            for path in sorted((folder / cell.study / cell.split / cell.method).glob("seed*/summary.json"))
-        ]
+        found = study.summaries(folder / cell.place)
         if not found:
             continue
-        dense = _mean(folder, cell.study, cell.split, "fedavg", "bytes_up", "bytes_down")
-        carried = statistics.fmean(run["bytes_up"] + run["bytes_down"] for run in found)
+        dense = study.mean(study.summaries(folder / cell.study / cell.split / "fedavg"), "bytes_up", "bytes_down")
+        carried = study.mean(found, "bytes_up", "bytes_down")
         accuracies = [100 * run["accuracy"] for run in found]
         body.append(
             [
@@ -151,9 +142,9 @@ def draw(folder: Path) -> None:
         figure = Figure(figsize=(7.2, 3.8), layout="constrained")
         axes = figure.add_subplot(xlabel="megabytes carried, up and down, all 10 clients", ylabel="test accuracy (%)")
         for cell in cells():
-            runs = [_curve(path) for path in sorted((folder / "short" / "iid" / cell.method).glob("seed*/records.csv"))]
+            runs = [study.curve(path) for path in sorted((folder / cell.place).glob("seed*/records.csv"))]
             if cell.study == "short" and cell.split == "iid" and runs:
-                carried, accuracy = np.mean(runs, axis=0)
+                carried, _, accuracy = np.mean(runs, axis=0)
                 local = cell.method.startswith("fedsparsify-local")
                 (line,) = axes.plot(carried, accuracy, lw=1.4, ls="--" if local else "-", label=cell.method)
                 axes.plot(carried[-1:], accuracy[-1:], "o", ms=4, color=line.get_color())
@@ -161,19 +152,6 @@ def draw(folder: Path) -> None:
         axes.grid(color="#dddddd", lw=0.6)
         axes.legend(fontsize=8, frameon=False, loc="lower right")
         figure.savefig(folder / "accuracy_megabytes.svg", metadata={"Date": None})
-
-
-def _curve(path: Path) -> NDArray[np.float64]:
-    """Megabytes carried so far and accuracy in percent, shape (2, rounds)."""
-    with open(path, newline="") as file:
-        rows = list(DictReader(file))
-    carried = np.cumsum([(int(row["bytes_up"]) + int(row["bytes_down"])) / 1e6 for row in rows])
-    return np.array([carried, [100 * float(row["accuracy"]) for row in rows]])
-
-
-def _mean(folder: Path, study: str, split: str, method: str, *keys: str) -> float:
-    found = [json.loads(path.read_text()) for path in (folder / study / split / method).glob("seed*/summary.json")]
-    return statistics.fmean(sum(run[key] for key in keys) for run in found) if found else 0.0
 
 
 def main() -> int:
