@@ -44,6 +44,7 @@ bench-check: setup
 
 reproduce: setup
 	$(BIN)/python -m fedsieve.bench.reproduce
+	$(BIN)/python -m fedsieve.bench.federated
 
 clean:
 	rm -rf .venv .peers runs

@@ -159,6 +159,7 @@ def _summary(
         "accuracy": evaluated[-1],
         "best_accuracy": max(evaluated),
         "client_accuracy": rows[-1]["client_accuracy"],
+        "tuned_accuracy": rows[-1]["tuned_accuracy"],
         "density": rows[-1]["density"],
         "parameters": spec.parameters,
         "bytes_up": total(rows, "bytes_up"),
