@@ -30,7 +30,7 @@ class WeightedMean:
 
 
 class HeldMean:
-    """Running mean over the clients that hold a weight: sum(weight * m * w) / sum(weight * m); all hold what is not maskable."""
+    """Running mean over those who hold each weight: sum(weight * m * w) / sum(weight * m). All hold what is not maskable."""
 
     def __init__(self, layout: Layout) -> None:
         self._sum = torch.zeros(layout.size, dtype=torch.float64)
