@@ -41,6 +41,7 @@ from fedsieve.algorithms.sparsyfed import SparsyFed
 from fedsieve.algorithms.ssfl import Ssfl
 from fedsieve.data.batches import Examples
 from fedsieve.engine.freeze import freeze, thaw
+from fedsieve.engine.transports import Sequential
 from fedsieve.local.executor import Client, Executor, Metrics, Trained
 from fedsieve.params import Kind, Slot
 from fedsieve.reparam.power import Power
@@ -588,6 +589,26 @@ def test_a_state_may_hold_a_tensor_twice(three):
 def test_what_a_client_keeps_can_be_read_back(method, three):
     known = Known({1: Masks.full(three)})
     assert thaw(freeze(known), three, method.__name__).masks[1].density == 1
+
+
+@pytest.mark.parametrize("algorithm", [Snip(density=0.2), Snip(density=0.2, score="grasp", clients=2), Ssfl(density=0.2)])
+def test_set_ups_that_are_not_valid_end_no_run(algorithm, digits, small, monkeypatch):
+    exchange = Sequential.exchange
+
+    def hostile(self, requests):
+        for client, reply in exchange(self, requests):
+            bad = {0: b"", 1: reply[:-9], 2: pack(Message("setup", 1, small.layout, {})), 3: bytes(len(reply))}
+            yield client, bad.get(client, reply) if unpack(reply, small.layout).kind == "setup" else reply
+
+    monkeypatch.setattr(Sequential, "exchange", hostile)
+    result = fit(algorithm, model=small, data=digits, local=LOCAL, engine=Engine(rounds=12, seed=5, eval_clients=0))
+    assert result.masks.count == round(0.2 * small.layout.maskable)
+    assert "setup" in result.rows[0]["phases"]
+    assert result.rows[0]["lost"]
+    assert not result.rows[-1]["lost"]
+    asked = [row for row in result.rows if "setup" in row["phases"]]
+    assert asked == result.rows[: len(asked)]
+    assert all("train" not in row["phases"] for row in asked[:-1])  # no mask yet: nobody trains
 
 
 @pytest.fixture(scope="module")
