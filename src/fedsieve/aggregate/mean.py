@@ -29,6 +29,28 @@ class WeightedMean:
         return Params(self._layout, (self._sum / self.weight).float())
 
 
+class HeldMean:
+    """Running mean over those who hold each weight: sum(weight * m * w) / sum(weight * m). All hold what is not maskable."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._sum = torch.zeros(layout.size, dtype=torch.float64)
+        self._held = torch.zeros(layout.size, dtype=torch.float64)
+        self.weight = 0.0
+
+    def add(self, params: Params, masks: Masks, weight: float) -> None:
+        """Add one client's parameters with a weight > 0."""
+        flat, n = params.under(masks).flat, masks.layout.maskable
+        self._sum.add_(flat, alpha=weight)
+        self._held[:n].add_(masks.kept, alpha=weight)
+        self._held[n:].add_(weight)
+        self.weight += weight
+
+    def value(self, old: Params) -> Params:
+        """Return the means, and `old` where nobody holds a weight."""
+        mean = torch.where(self._held > 0, self._sum / self._held, old.flat.double())
+        return Params(old.layout, mean.float())
+
+
 class Votes:
     """How many clients keep each maskable weight."""
 

@@ -27,6 +27,12 @@ def freeze(value: Any) -> bytes:
     """Return a state as bytes. TypeError for what a state cannot hold."""
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(value, tensors))
+    stored = set[int]()
+    for name, tensor in tensors.items():  # the format refuses tensors that share memory
+        place = tensor.untyped_storage().data_ptr()
+        if place in stored:
+            tensors[name] = tensor.clone()
+        stored.add(place)
     return save(tensors, metadata={"state": tree})
 
 

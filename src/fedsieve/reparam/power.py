@@ -26,8 +26,12 @@ class Power:
         return latent * latent.abs().pow_(self.alpha - 1)
 
     def latent(self, effective: Tensor) -> Tensor:
-        """Return what is to be learned for the network to start with these weights: sign(w) |w|^(1 / alpha)."""
-        return effective.sign() * effective.abs().pow_(1 / self.alpha)
+        """Return what is to be learned for the network to start with these weights: sign(w) |w|^(1 / alpha).
+
+        In double precision, since a float32 power rounds 1 / alpha too: the weights would come back up to 8 ulp away, not 2.
+        """
+        wide = effective.double()
+        return (wide.sign() * wide.abs().pow_(1 / self.alpha)).to(effective.dtype)
 
     def backward(self, latent: Tensor, gradient: Tensor) -> None:
         """See `Reparam`: the derivative is alpha |v|^(alpha - 1)."""

@@ -60,6 +60,12 @@ class Versions:
             found[client] = made[base]
         return found
 
+    def messages(self, kind: str, round: int, clients: Sequence[int], sections: Mapping[str, Section]) -> dict[int, Message]:
+        """Return a message to each client: the current masks as far as it lacks them, and the same `sections` for all."""
+        told = self.sections(clients)
+        made = {id(each): Message(kind, round, self.masks.layout, {**each, **sections}) for each in told.values()}
+        return {client: made[id(each)] for client, each in told.items()}
+
     def _mask(self, base: int) -> dict[str, Section]:
         if base == self.version:
             return {}
