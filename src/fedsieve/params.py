@@ -210,6 +210,10 @@ class Masks:
         """Kept over maskable, in [0, 1]; 1 for a model with nothing to mask."""
         return self.count / self.layout.maskable if self.layout.maskable else 1.0
 
+    def counts(self) -> dict[str, int]:
+        """Number of weights kept of each maskable slot by name."""
+        return {slot.name: int(self[slot.name].sum()) for slot in self.layout.masked_slots}
+
     def densities(self) -> dict[str, float]:
         """Density of each maskable slot by name."""
         return {slot.name: float(self[slot.name].float().mean()) for slot in self.layout.masked_slots}
