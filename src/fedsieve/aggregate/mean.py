@@ -7,6 +7,7 @@ client answered first.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fedsieve.params import Layout, Masks, Params
 
@@ -33,6 +34,7 @@ class HeldMean:
     """Running mean over those who hold each weight: sum(weight * m * w) / sum(weight * m). All hold what is not maskable."""
 
     def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self._sum = torch.zeros(layout.size, dtype=torch.float64)
         self._held = torch.zeros(layout.size, dtype=torch.float64)
         self.weight = 0.0
@@ -45,10 +47,48 @@ class HeldMean:
         self._held[n:].add_(weight)
         self.weight += weight
 
+    @property
+    def holders(self) -> Masks:
+        """What at least one client keeps."""
+        return Masks(self._layout, self._held[: self._layout.maskable] > 0)
+
     def value(self, old: Params) -> Params:
         """Return the means, and `old` where nobody holds a weight."""
         mean = torch.where(self._held > 0, self._sum / self._held, old.flat.double())
         return Params(old.layout, mean.float())
+
+
+class StatisticsMean:
+    """Running mean of the statistics of some models, shape (models, size - trainable).
+
+    Args:
+        layout: of the models.
+        pooled: BatchNorm's variances become those of all clients' numbers together, E(v + m^2) - (E m)^2, in place of E v.
+    """
+
+    def __init__(self, layout: Layout, *, pooled: bool = False) -> None:
+        first, self._pairs = layout.trainable, list[tuple[slice, slice]]()
+        for name, (begin, end) in layout.spans.items():
+            mean = layout.spans.get(name.removesuffix("running_var") + "running_mean")
+            if pooled and name.endswith("running_var") and mean is not None:
+                self._pairs.append((slice(begin - first, end - first), slice(mean[0] - first, mean[1] - first)))
+        self._sum = torch.zeros((), dtype=torch.float64)
+        self.weight = 0.0
+
+    def add(self, statistics: Tensor, weight: float) -> None:
+        """Add one client's with a weight > 0."""
+        found = statistics.double().clone()
+        for variance, mean in self._pairs:
+            found[:, variance] += found[:, mean] ** 2
+        self._sum = self._sum + weight * found
+        self.weight += weight
+
+    def value(self) -> Tensor:
+        """Return the mean, float32; at least one client's must have been added."""
+        found = self._sum / self.weight
+        for variance, mean in self._pairs:
+            found[:, variance] -= found[:, mean] ** 2
+        return found.float()
 
 
 class Votes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -12,7 +12,7 @@ from fedsieve.errors import UsageError
 from fedsieve.local.executor import Client, Metrics
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Layout, Masks, Params
-from fedsieve.settings import nearest
+from fedsieve.settings import Local, nearest
 from fedsieve.streams import Streams
 from fedsieve.wire.message import Message, Reason, WireError
 from fedsieve.wire.sections import Section, dense, mask, number, values, vector
@@ -34,6 +34,8 @@ class Job:
     streams: Streams
     drawn: int = 0
     """clients drawn for each round; 0: all"""
+    local: Local = field(default_factory=Local)
+    """how clients train"""
 
     @property
     def cohort(self) -> int:

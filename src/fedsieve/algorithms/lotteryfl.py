@@ -84,9 +84,9 @@ class LotteryFL:
     """weight of a client in the mean: its number of training examples, or the same for all, as published"""
 
     @property
-    def exact(self) -> bool:
-        """Whether the global model ends at exactly `density`: it is dense, a client's own is sparse."""
-        return False
+    def promises(self) -> Literal["exactly", "at most", "nothing"]:
+        """What the global model's density says of `density`: nothing, it is dense; a client's own is sparse."""
+        return "nothing"
 
     def init(self, job: Job) -> State:
         """Start dense."""

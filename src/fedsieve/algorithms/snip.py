@@ -90,9 +90,9 @@ class Snip:
     """weight of a client in the mean: its number of training examples, or the same for all"""
 
     @property
-    def exact(self) -> bool:
-        """Whether the model ends at exactly `density`."""
-        return not self.paper
+    def promises(self) -> Literal["exactly", "at most", "nothing"]:
+        """Whether the model ends at `density`, or keeps fewer weights."""
+        return "at most" if self.paper else "exactly"
 
     def init(self, job: Job) -> State:
         """Start dense where clients score, else pruned."""

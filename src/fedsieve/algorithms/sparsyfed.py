@@ -69,9 +69,9 @@ class SparsyFed:
     """weight of a client in the mean: its number of training examples, or the same for all"""
 
     @property
-    def exact(self) -> bool:
-        """Whether the model ends at exactly `density`."""
-        return self.final == "pruned"
+    def promises(self) -> Literal["exactly", "at most", "nothing"]:
+        """Whether the model ends at `density`, or keeps what any client kept."""
+        return "exactly" if self.final == "pruned" else "nothing"
 
     def init(self, job: Job) -> State:
         """Start dense."""

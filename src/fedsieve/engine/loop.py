@@ -93,7 +93,7 @@ def fit(
     if engine.group > 1 and (why := obstacle(spec, local, data.train)):
         raise UsageError(f"engine.group = {engine.group} does not go with model {spec.name!r}. {why}\nSet engine.group = 1.")
     streams = Streams(engine.seed)
-    job = Job(spec, start or spec.initial("module", streams), engine.rounds, len(data.parts), streams, engine.cohort)
+    job = Job(spec, start or spec.initial("module", streams), engine.rounds, len(data.parts), streams, engine.cohort, local)
     config = config or _described(algorithm, spec, data, local, engine)
     run = Progress(0, algorithm.init(job), [])
     folder, states = None, ClientStates()

@@ -49,6 +49,7 @@ def play(
     row: Row = {"round": round, "accuracy": None, "loss": None, "train_loss": exchange.train_loss()}
     row |= {"client_accuracy": None, "tuned_accuracy": None}
     row |= {"clients": len(cohort), "examples": exchange.examples, "flops": transport.flops - spent}
+    row |= {"client_memory": getattr(state, "client_memory", None)}
     row |= {"density": masks.density, "densities": masks.densities() if masks.density < 1 else None}
     if round % engine.eval_every == 0 or round == engine.rounds:
         found = transport.evaluate(params, masks, network(algorithm, state))

@@ -7,10 +7,10 @@ everything that goes in and out is in the order of the layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import isfinite
 from typing import Any
 
@@ -26,9 +26,10 @@ from fedsieve.local.forms import Form, Kept, Shrunk, Whole, sparse_layers
 from fedsieve.local.optim import Sgd, rate
 from fedsieve.models.compact import compact
 from fedsieve.models.spec import ModelSpec
-from fedsieve.params import Layout, Masks, Params, finite
+from fedsieve.params import Kind, Layout, Masks, Params, finite
 from fedsieve.reparam.base import Reparam
 from fedsieve.settings import Local
+from fedsieve.sparsity.select import top
 from fedsieve.streams import Stream, Streams
 
 FORMS = 2
@@ -261,6 +262,61 @@ class Executor:
         self.flops += (9 if curvature else 3) * sum(len(y) for _, y in given) * self.forward_flops(None)
         return form.outward(found, torch.zeros(self.spec.layout.trainable))
 
+    def top_gradients(
+        self,
+        params: Params,
+        batch: tuple[Tensor, Tensor],
+        masks: Masks,
+        counts: Mapping[str, int],
+        *,
+        training: bool = False,
+        stream: Stream,
+        ties: Callable[[str], Stream],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the steepest pruned weights of some slots. See `Client.top_gradients`."""
+        form, layout, (x, y) = self._all, self.spec.layout, batch
+        form.bound.weights.copy_(form.inward(params.under(masks).flat))
+        _mode(form.module, training=training)
+        named = dict(zip((s.name for s in layout.slots if s.kind is not Kind.BUFFER), form.bound.parameters, strict=True))
+        found: dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
+
+        def reduce(name: str, gradient: NDArray[np.float32]) -> None:
+            kept = masks[name].flatten().numpy()
+            scores = np.abs(gradient)
+            scores[kept] = -1
+            at = np.sort(top(scores, min(counts[name], len(kept) - int(kept.sum())), ties(name)))
+            found[name] = at + layout.spans[name][0], gradient[at]
+
+        def arrived(name: str, parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                reduce(name, gradient.cpu().flatten().numpy())
+
+        hooks = [
+            named[name].register_post_accumulate_grad_hook(partial(arrived, name))  # type: ignore[no-untyped-call]
+            for name in counts
+        ]
+        try:
+            for name, parameter in named.items():
+                parameter.requires_grad_(name in counts)
+            with _torch_stream(stream, self.device):
+                loss = self.spec.loss(form.module(x), y)
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            for parameter in named.values():
+                parameter.requires_grad_(True)
+            for hook in hooks:
+                hook.remove()
+        for name in counts.keys() - found.keys():  # the loss does not depend on them
+            reduce(name, np.zeros(layout.named[name].numel, dtype=np.float32))
+        self.flops += len(y) * (2 * self.forward_flops(masks) + sum(self.spec.flops[name] for name in counts))
+        order = [slot.name for slot in layout.masked_slots if slot.name in counts]
+        if not order:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        positions, values = (np.concatenate([found[name][part] for name in order]) for part in (0, 1))
+        return torch.from_numpy(positions), torch.from_numpy(values)
+
     @torch.no_grad()
     def statistics(self, params: Params, batches: Iterator[tuple[Tensor, Tensor]], masks: Masks | None = None) -> Params:
         """Return `params` with normalisation statistics measured on some batches. See `Client.statistics`."""
@@ -469,6 +525,32 @@ class Client:
             stream=self.stream(f"{purpose}/torch"),
         )
         return Params(self.layout, flat)
+
+    def top_gradients(
+        self, params: Params, masks: Masks, counts: Mapping[str, int], *, training: bool = False, purpose: str = "gradients"
+    ) -> tuple[Tensor, Tensor]:
+        """Return which pruned weights have the steepest gradient on one batch, and that gradient.
+
+        Each tensor's gradient is reduced as soon as the backward pass makes it, so that beside what is returned one tensor's
+        is held at a time. The batch is the one that `gradients` takes. Counted are a forward pass and the gradients of
+        activations under the masks, and the whole weight gradient of the slots in question.
+
+        Args:
+            params: where the gradient is taken.
+            masks: `params` count as zero where these are; only weights that these prune are returned.
+            counts: how many of each maskable slot; all that are pruned if they are fewer. Other slots need no gradient.
+            training: normalise by the batch and drop out, as training does; else as evaluation does.
+            purpose: name of the random streams.
+
+        Returns:
+            Positions in the maskable part, ascending, int64 (k,), and the gradient there, float32 (k,).
+        """
+        (batch,) = self._batches(1, purpose)
+        ties = {name: self.stream(f"{purpose}/ties/{name}") for name in counts}
+        stream = self.stream(f"{purpose}/torch")
+        return self._executor.top_gradients(
+            params, batch, masks, counts, training=training, stream=stream, ties=ties.__getitem__
+        )
 
     def statistics(
         self, params: Params, masks: Masks | None = None, *, batches: int | None = None, purpose: str = "statistics"

@@ -15,6 +15,7 @@ Sources: Mocanu et al. 2018 (er); Evci et al. 2020, arXiv 1911.11134 (erk, itera
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Literal
 
@@ -28,7 +29,15 @@ Rule = Literal["uniform", "erk", "er", "balanced", "pyramidal"]
 _Reals = NDArray[np.float64]
 
 
-def allocate(layout: Layout, keep: int, rule: Rule = "uniform", *, paper: bool = False, floor: int = 0) -> dict[str, int]:
+def allocate(
+    layout: Layout,
+    keep: int,
+    rule: Rule = "uniform",
+    *,
+    paper: bool = False,
+    floor: int = 0,
+    factors: Sequence[float] | None = None,
+) -> dict[str, int]:
     """Return how many weights each maskable slot keeps.
 
     Args:
@@ -37,6 +46,7 @@ def allocate(layout: Layout, keep: int, rule: Rule = "uniform", *, paper: bool =
         rule: see the module.
         paper: as the published codes have it, where surplus is lost: the sum may be less than `keep`.
         floor: weights that a slot keeps at least, or all it has; not with `paper`.
+        factors: one a slot, > 0, by which the rule's densities are multiplied before they are brought back to `keep`.
 
     Raises:
         UsageError: `keep` is less than the floors add up to.
@@ -45,7 +55,10 @@ def allocate(layout: Layout, keep: int, rule: Rule = "uniform", *, paper: bool =
     if not len(sizes):
         return {}
     share = min(1.0, keep / int(sizes.sum()))
-    wanted = densities(layout, share, rule, paper=paper) * sizes
+    wanted = densities(layout, share, rule, paper=paper)
+    if factors is not None:
+        wanted = _filled(wanted * np.asarray(factors, dtype=np.float64), sizes, share)
+    wanted = wanted * sizes
     counts = np.rint(wanted).astype(np.int64) if paper else _exact(wanted, sizes, keep, floor)
     return {slot.name: int(count) for slot, count in zip(layout.masked_slots, counts, strict=True)}
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsieve.params import Masks
-from fedsieve.sparsity.select import top
+from fedsieve.sparsity.select import select_by_slot, top
 from fedsieve.streams import Stream
 
 
@@ -41,3 +41,24 @@ def regrow(masks: Masks, drop: Tensor, grow: Tensor, counts: Mapping[str, int], 
         offered = begin + np.flatnonzero(~kept[begin:end]) if again else pruned
         kept[offered[top(growing[offered], count, ties)]] = True
     return Masks(masks.layout, torch.from_numpy(kept))
+
+
+def exchanges(masks: Masks, share: float, names: Iterable[str] | None = None) -> dict[str, int]:
+    """Return how many weights slots exchange: floor(share * kept), no more than are pruned; without those that exchange none.
+
+    Args:
+        masks: what is kept.
+        share: of the kept weights, in [0, 1].
+        names: of the slots; default: all.
+    """
+    kept = masks.counts()
+    wanted = {
+        name: min(int(share * kept[name]), masks[name].numel() - kept[name]) for name in (kept if names is None else names)
+    }
+    return {name: count for name, count in wanted.items() if count}
+
+
+def lowered(masks: Masks, scores: Tensor, counts: Mapping[str, int], ties: Stream) -> Masks:
+    """Drop the `counts[name]` lowest scores, shape (maskable,), of the kept weights of each slot."""
+    keep = {name: count - counts.get(name, 0) for name, count in masks.counts().items()}
+    return select_by_slot(scores, keep, within=masks, ties=ties)
