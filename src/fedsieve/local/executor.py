@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fedsieve.data.batches import Examples
 from fedsieve.errors import Diverged
 from fedsieve.local.forms import Form, Kept, Shrunk, Whole, sparse_layers
-from fedsieve.local.optim import Sgd, rate
+from fedsieve.local.optim import Sgd, gradient_weight, rate
 from fedsieve.models.compact import compact
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Layout, Masks, Params, finite
@@ -372,6 +372,13 @@ class Client:
     def lr(self) -> float:
         """Learning rate of the round, as the section `local` says."""
         return rate(self._executor.local, self.stream.round, self.rounds)
+
+    def gradient_weight(self, steps: int, *, proximal: float = 0.0) -> float:
+        """Total weight of the gradients in so many steps of training from zero velocity: their number, if there is no momentum.
+
+        The difference of the weights over it and over `lr` is a mean of the gradients. See `local.optim.gradient_weight`.
+        """
+        return gradient_weight(self._executor.local, self.lr, steps, proximal)
 
     def train(
         self,
