@@ -32,7 +32,13 @@ class Watch:
         self._bar = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             said = TextColumn("{task.fields[said]}", table_column=Column())  # wraps where the terminal is narrow
-            columns = (TextColumn(f"{self._before}round"), MofNCompleteColumn(), BarColumn(6), TimeRemainingColumn(compact=True), said)
+            columns = (
+                TextColumn(f"{self._before}round"),
+                MofNCompleteColumn(),
+                BarColumn(6),
+                TimeRemainingColumn(compact=True),
+                said,
+            )
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("", total=rounds, said="")
 
