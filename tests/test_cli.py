@@ -198,7 +198,7 @@ def test_help_of_a_method_shows_every_key_with_its_default(call, name):
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", ["resume", "report", "compare", "list", "export", "demo"])
+@pytest.mark.parametrize("name", ["sweep", "resume", "report", "compare", "list", "export", "demo"])
 def test_help_of_a_command_has_an_example(call, name):
     code, out, _ = call(name, "--help")
     assert code == 0

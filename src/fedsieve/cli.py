@@ -14,6 +14,7 @@ from fedsieve.errors import FedsieveError, Interrupted, UsageError
 COMMANDS = {
     "demo": "train FedSparsify and dense FedAvg on embedded data, and compare them",
     "run": "train: fedsieve run NAME|FILE.toml [--section.key value ...] [--out DIR]",
+    "sweep": "run a grid of settings and seeds, and tabulate it: fedsieve sweep FILE.toml [--out DIR]",
     "resume": "go on with an interrupted run, as if it had not been: fedsieve resume DIR",
     "report": "write report.html, report.md and records.csv of a run: fedsieve report DIR",
     "compare": "compare runs in a table and on one page: fedsieve compare DIR...",
@@ -77,7 +78,7 @@ def _command(words: list[str]) -> None:
         from fedsieve.settings import nearest
 
         raise UsageError(f"no command {name!r}.{nearest(name, COMMANDS)} There are {', '.join(COMMANDS)}.")
-    if name in ("run", "resume", "demo"):
+    if name in ("run", "sweep", "resume", "demo"):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _interrupt)
     sys.path.insert(0, os.getcwd())  # own methods, data and models are found in the current folder

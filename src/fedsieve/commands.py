@@ -20,12 +20,13 @@ from tyro.conf import Positional
 
 from fedsieve import config as configs
 from fedsieve.engine.nursery import warm_up
-from fedsieve.errors import Interrupted, UsageError
+from fedsieve.errors import Diverged, Interrupted, UsageError
 from fedsieve.settings import Data, Engine, Local, nearest
 
 if TYPE_CHECKING:
     from fedsieve.config import Config
     from fedsieve.engine.loop import Result
+    from fedsieve.sweep import Point
 
 T = TypeVar("T")
 
@@ -115,6 +116,97 @@ def _values(words: list[str], known: Mapping[str, Any], program: str) -> dict[st
             raise UsageError(f"{option} needs a value.\n`{program} --help` shows all options.")
         found[key] = values if several else None if values == ["None"] else values[0]
     return found
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Run a grid of settings and seeds, and tabulate it.
+
+    The file is a config with a table of keys that have several values:
+      [sweep]
+      "algorithm.name" = ["fedavg", "fedprox"]
+      "fedprox.mu" = [0.01, 0.1]
+      "engine.seed" = [0, 1, 2]
+
+    All runs are checked before the first one.
+
+    With the --out of an earlier sweep only what is missing there is run.
+
+    Example: fedsieve sweep examples/sweep.toml --out runs/first
+    """
+
+    file: Positional[Path]
+    """the sweep file"""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """folder for the runs and their table; None: a new one in runs/"""
+    pick: Annotated[str | None, tyro.conf.arg(metavar="KEY")] = None
+    """name the best setting by a key of the records, such as train_loss"""
+    pick_by_test: bool = False
+    """let --pick choose by test examples, and mark the choice"""
+
+
+def sweep_command(words: list[str]) -> None:
+    """Run a sweep."""
+    asked = _parsed(Sweep, words, "fedsieve sweep")
+    from fedsieve import sweep as sweeps
+    from fedsieve.report import tally
+
+    if asked.pick is not None:
+        tally.refuse(asked.pick, by_test=asked.pick_by_test)
+    elif asked.pick_by_test:
+        raise UsageError("--pick-by-test goes with --pick KEY, such as --pick accuracy.")
+    _workers_ahead("", asked.file)
+    points = sweeps.grid(asked.file)
+    from fedsieve.engine.folder import fresh
+
+    out = asked.out or fresh(f"sweep-{_stem(asked.file.stem)}")
+    points = sweeps.opened(out, points, asked.file)
+    sweeps.check([point for point in points if not sweeps.complete(out / point.name)], asked.file)
+    sweeps.write(out, points)
+    try:
+        for number, point in enumerate(points, 1):
+            _run_point(point, out / point.name, f"run {number}/{len(points)}")
+    except Interrupted:
+        again = ["--out", str(out), *(["--pick", asked.pick] if asked.pick else []), *["--pick-by-test"] * asked.pick_by_test]
+        line = shlex.join(["fedsieve", "sweep", str(asked.file), *again])
+        print(f"interrupted; completed rounds are kept. To go on:\n{line}", file=sys.stderr)
+        raise
+    _tally(asked.file, out, points, asked.pick)
+
+
+def _run_point(point: Point, folder: Path, which: str) -> None:
+    """Run one point of a sweep with a progress line. That it diverges ends no sweep."""
+    from fedsieve import sweep as sweeps
+    from fedsieve.progress import Watch
+
+    if sweeps.complete(folder):
+        print(f"{which}  {point.name}: complete already")
+        return
+    print(f"{which}  {point.name}", flush=True)
+    with Watch(point.config.engine.rounds, folder, which) as watch:
+        try:
+            sweeps.run(point, folder, watch)
+        except Diverged as error:
+            watch.close()
+            print(f"{which}  {point.name} diverged: {str(error).splitlines()[0]}", file=sys.stderr)
+
+
+def _tally(source: Path, out: Path, points: list[Point], pick: str | None) -> None:
+    """Write and print what a sweep came to."""
+    from rich.console import Console
+
+    from fedsieve import files
+    from fedsieve import sweep as sweeps
+    from fedsieve.report import tally
+
+    tallies = sweeps.tallied(out, points)
+    picked = sweeps.choice(tallies, pick) if pick else ""
+    files.replace(out / "sweep.csv", tally.csv(tallies))
+    files.replace(out / "sweep.md", sweeps.markdown_of(source, out, points, tallies, picked))
+    Console().print(tally.table(tallies))
+    print("\n".join(filter(None, [picked, f"table: {out / 'sweep.md'}, {out / 'sweep.csv'}"])))
+    if not any(each.runs for each in tallies):
+        raise Diverged(f"every run of {source} diverged. Try a smaller local.lr.")
 
 
 @dataclass(frozen=True)
@@ -430,7 +522,7 @@ def _parsed(kind: type[T], words: list[str], program: str) -> T:
     Raises:
         UsageError: an unknown option (the nearest is offered), or a value of the wrong type.
     """
-    options = ["-h", "--help", *(f"--{entry.name}" for entry in fields(kind))]  # type: ignore[arg-type]
+    options = ["-h", "--help", *(f"--{entry.name.replace('_', '-')}" for entry in fields(kind))]  # type: ignore[arg-type]
     for word in words:
         option = word.partition("=")[0]
         if option.startswith("--") and option not in options:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -59,6 +60,14 @@ class Config:
             watch=watch,
         )
 
+    def check(self, prepared: tuple[ModelSpec, Federation, Params] | None = None) -> None:
+        """Raise what `run` would raise before round 1; `prepared` is what `prepare` returned, if it was called."""
+        from fedsieve.engine.loop import job_of
+        from fedsieve.local.convolution import resolved
+
+        spec, data, start = prepared or self.prepare()
+        self.algorithm.init(job_of(spec, data, resolved(self.local), self.engine, start))
+
     def prepare(self) -> tuple[ModelSpec, Federation, Params]:
         """Load the data, share them out and build the model: what `fit` takes besides."""
         from fedsieve.data.batches import federate
@@ -78,7 +87,7 @@ def from_name(name: str, values: Mapping[str, Any] | None = None) -> Config:
     Raises:
         UsageError: no such algorithm or setting, or a value out of range.
     """
-    return _made({"algorithm": {"name": name}}, values or {})
+    return from_tables({"algorithm": {"name": name}}, values)
 
 
 def from_file(path: Path, values: Mapping[str, Any] | None = None) -> Config:
@@ -87,19 +96,40 @@ def from_file(path: Path, values: Mapping[str, Any] | None = None) -> Config:
     Raises:
         UsageError: no such file, no TOML, an unknown section or key, or a value out of range; file and line are named.
     """
+    text, tables = parsed(path)
+    with located(path, text):
+        config = from_tables(tables)
+    return from_tables(config.tables(), values) if values else config
+
+
+def parsed(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the text of a TOML file and its tables.
+
+    Raises:
+        UsageError: no such file, or no TOML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
-        tables = tomllib.loads(text)
+        return text, tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}. Give a TOML file or the name of an algorithm.") from None
     except ValueError as error:
         raise UsageError(f"{path} is no TOML: {error}") from None
+
+
+@contextmanager
+def located(path: Path, text: str, written: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Put file and line before a UsageError that begins with the dotted name of a key.
+
+    `written` maps keys to those that the file has in their place.
+    """
+    written = written or {}
     try:
-        config = _made(tables, {})
+        yield
     except UsageError as error:
-        line = _line(text, str(error).split()[0]) or _line(text, "algorithm.name") or 1
+        key = str(error).split()[0]
+        line = next(filter(None, (_line(text, written.get(name, name)) for name in (key, "algorithm.name"))), 1)
         raise UsageError(f"{path}, line {line}: {error}") from None
-    return _made(config.tables(), values) if values else config
 
 
 def sections(algorithm: str) -> dict[str, Any]:
@@ -121,8 +151,12 @@ def keys(kinds: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _made(tables: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
-    """Make a config of tables, with some values in place of theirs. Errors begin with the dotted name of the key."""
+def from_tables(tables: Mapping[str, Any], values: Mapping[str, Any] | None = None) -> Config:
+    """Make a config of tables, with some values (`section.key` -> value) in place of theirs.
+
+    Raises:
+        UsageError: as for a file; it begins with the dotted name of the key.
+    """
     name = tables["algorithm"].get("name") if isinstance(tables.get("algorithm"), dict) else None
     if not isinstance(name, str):
         raise UsageError('algorithm.name is not given: a config needs [algorithm] with name = "fedsparsify", for example.')
@@ -132,7 +166,7 @@ def _made(tables: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
             raise UsageError(f"{section} is no section.{nearest(section, kinds)} There are {', '.join(kinds)}.")
     whole = deepcopy({section: dict(tables.get(section, {})) for section in kinds})
     del whole["algorithm"]["name"]
-    for key, value in values.items():
+    for key, value in (values or {}).items():
         *parents, last = key.split(".")
         table = whole
         for parent in parents:

@@ -16,17 +16,29 @@ from fedsieve.report.records import read
 
 
 class Watch:
-    """Shows the row of each round. Use as a context manager, and as `fit`'s `watch`."""
+    """Shows the row of each round. Use as a context manager, and as `fit`'s `watch`.
 
-    def __init__(self, rounds: int, folder: Path) -> None:
+    Args:
+        rounds: of the run.
+        folder: its run folder.
+        before: what each line begins with.
+    """
+
+    def __init__(self, rounds: int, folder: Path, before: str = "") -> None:
         self.console = Console(soft_wrap=not sys.stdout.isatty())
-        self._rounds, self._folder = rounds, folder
+        self._rounds, self._folder, self._before = rounds, folder, f"{before}  " if before else ""
         self._up = self._down = 0
         self._accuracy = "  -   "
         self._bar = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             said = TextColumn("{task.fields[said]}", table_column=Column())  # wraps where the terminal is narrow
-            columns = (TextColumn("round"), MofNCompleteColumn(), BarColumn(6), TimeRemainingColumn(compact=True), said)
+            columns = (
+                TextColumn(f"{self._before}round"),
+                MofNCompleteColumn(),
+                BarColumn(6),
+                TimeRemainingColumn(compact=True),
+                said,
+            )
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("", total=rounds, said="")
 
@@ -57,7 +69,7 @@ class Watch:
         if self._bar:
             self._bar.update(self._task, completed=row["round"], said=said)
         else:
-            print(f"round {row['round']}/{self._rounds}  {said}  {row['seconds']:.2f} s", flush=True)
+            print(f"{self._before}round {row['round']}/{self._rounds}  {said}  {row['seconds']:.2f} s", flush=True)
 
 
 def megabytes(nbytes: int) -> str:

@@ -81,19 +81,8 @@ def fit(
         Diverged: a client's loss is not finite (engine.nonfinite = "stop").
     """
     local, engine = resolved(local or Local()), engine or Engine()
-    if engine.cohort > len(data.parts):
-        raise UsageError(
-            f"engine.cohort = {engine.cohort} is more than the {len(data.parts)} clients that there are (data.clients)."
-        )
-    if engine.workers and local.device != "cpu":
-        raise UsageError(f"local.device = {local.device!r} needs engine.workers = 0: worker processes are for the CPU.")
-    if local.device != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"local.device = {local.device!r}: this PyTorch finds no CUDA device. Use cpu.")
     spec = model if isinstance(model, ModelSpec) else ModelSpec.of(model, data.example())
-    if engine.group > 1 and (why := obstacle(spec, local, data.train)):
-        raise UsageError(f"engine.group = {engine.group} does not go with model {spec.name!r}. {why}\nSet engine.group = 1.")
-    streams = Streams(engine.seed)
-    job = Job(spec, start or spec.initial("module", streams), engine.rounds, len(data.parts), streams, engine.cohort, local)
+    job = job_of(spec, data, local, engine, start)
     config = config or _described(algorithm, spec, data, local, engine)
     run = Progress(0, algorithm.init(job), [])
     folder, states = None, ClientStates()
@@ -128,6 +117,26 @@ def fit(
     if folder:
         folder.finish(params, masks, summary)
     return Result(params, masks, run.rows, summary, folder.path if folder else None)
+
+
+def job_of(spec: ModelSpec, data: Federation, local: Local, engine: Engine, start: Params | None = None) -> Job:
+    """Return what the method knows before round 1.
+
+    Raises:
+        UsageError: the settings do not fit together.
+    """
+    if engine.cohort > len(data.parts):
+        raise UsageError(
+            f"engine.cohort = {engine.cohort} is more than the {len(data.parts)} clients that there are (data.clients)."
+        )
+    if engine.workers and local.device != "cpu":
+        raise UsageError(f"local.device = {local.device!r} needs engine.workers = 0: worker processes are for the CPU.")
+    if local.device != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"local.device = {local.device!r}: this PyTorch finds no CUDA device. Use cpu.")
+    if engine.group > 1 and (why := obstacle(spec, local, data.train)):
+        raise UsageError(f"engine.group = {engine.group} does not go with model {spec.name!r}. {why}\nSet engine.group = 1.")
+    streams = Streams(engine.seed)
+    return Job(spec, start or spec.initial("module", streams), engine.rounds, len(data.parts), streams, engine.cohort, local)
 
 
 def _described(algorithm: Any, spec: ModelSpec, data: Federation, local: Local, engine: Engine) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from xxhash import xxh3_128_digest
 from fedsieve.data.batches import Examples
 from fedsieve.errors import Diverged
 from fedsieve.local.forms import Form, Kept, Shrunk, Whole, sparse_layers
-from fedsieve.local.optim import Sgd, rate
+from fedsieve.local.optim import Sgd, gradient_weight, rate
 from fedsieve.models.compact import compact
 from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Kind, Layout, Masks, Params, finite
@@ -428,6 +428,13 @@ class Client:
     def lr(self) -> float:
         """Learning rate of the round, as the section `local` says."""
         return rate(self._executor.local, self.stream.round, self.rounds)
+
+    def gradient_weight(self, steps: int, *, proximal: float = 0.0) -> float:
+        """Total weight of the gradients in so many steps of training from zero velocity: their number, if there is no momentum.
+
+        The difference of the weights over it and over `lr` is a mean of the gradients. See `local.optim.gradient_weight`.
+        """
+        return gradient_weight(self._executor.local, self.lr, steps, proximal)
 
     def train(
         self,

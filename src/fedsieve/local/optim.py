@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from math import cos, pi
+from math import cos, isfinite, pi
 
 import torch
 from torch import Tensor
 
+from fedsieve.errors import Diverged
 from fedsieve.reparam.base import Reparam
 from fedsieve.settings import Local
 
@@ -18,6 +19,32 @@ def rate(local: Local, round: int, rounds: int) -> float:
     if local.schedule == "exponential":
         return local.lr * local.decay ** (round - 1)
     return local.lr
+
+
+def gradient_weight(local: Local, lr: float, steps: int, proximal: float = 0.0) -> float:
+    """Total weight of the gradients in what `Sgd` does from zero velocity.
+
+    It is the norm ||a||_1 of Wang et al. 2020 (arXiv 2007.07481): after the steps w = start - lr * sum_k a_k g_k, where g_k is
+    the gradient of step k, drift and weight decay included.
+
+        plain                  a_k = 1                                sum: steps
+        momentum m             a_k = (1 - m**n) / (1 - m)             with n = steps - k + 1
+        proximal, q = lr * mu  a_k = (1 - q)**(n - 1)                 sum: (1 - (1 - q)**steps) / q
+
+    The a_k are what is left of a first gradient of 1 after 1, 2, ... steps.
+
+    Raises:
+        Diverged: the proximal term overshoots, lr * proximal being too large.
+    """
+    moved = velocity = total = 0.0
+    for step in range(steps):
+        gradient = (step == 0) - lr * proximal * moved
+        velocity = local.momentum * velocity + gradient
+        moved += gradient + local.momentum * velocity if local.nesterov else velocity
+        total += abs(moved)
+    if not isfinite(total):
+        raise Diverged(f"the proximal term overshoots: lr {lr} times its weight {proximal} should be below 1")
+    return total
 
 
 class Sgd:
