@@ -17,6 +17,7 @@ COMMANDS = {
     "resume": "go on with an interrupted run, as if it had not been: fedsieve resume DIR",
     "report": "write report.html, report.md and records.csv of a run: fedsieve report DIR",
     "compare": "compare runs in a table and on one page: fedsieve compare DIR...",
+    "inspect": "show each layer's density, dead units and operations, and how masks moved: fedsieve inspect DIR [--json]",
     "list": "list algorithms, datasets, models or partitions [--json]",
     "bench": "measure where sparse kernels pay on this machine: fedsieve bench kernels",
     "export": "write the final model for use elsewhere: fedsieve export DIR [--runtime sparse]",

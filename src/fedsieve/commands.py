@@ -184,6 +184,43 @@ def compare_command(words: list[str]) -> None:
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """Show what became of each layer: density, dead units, operations, masks.
+
+    A table, and a page with plots. Of an unfinished run, or one from Python,
+    what is known is shown.
+
+    Example: fedsieve inspect runs/sparse
+    """
+
+    folder: Positional[Path]
+    """the run folder"""
+    out: Path | None = None
+    """the page to write; None: inspect.html in the run folder, or none with
+    --json"""
+    json: bool = False
+    """machine-readable, on standard output"""
+
+
+def inspect_command(words: list[str]) -> None:
+    """Inspect the layers of a run."""
+    asked = _parsed(Inspect, words, "fedsieve inspect")
+    from fedsieve.report.inspect import as_json, inspect, layers_table, sentences, write_page
+
+    found = inspect(asked.folder, lambda: configs.from_file(asked.folder / "config.toml").prepare()[0])
+    out = asked.out or (None if asked.json else asked.folder / "inspect.html")
+    page = write_page(found, out) if out else None
+    if asked.json:
+        print(json.dumps(as_json(found), indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(layers_table(found))
+    print("\n".join(sentences(found)))
+    print(f"page: {page}")
+
+
+@dataclass(frozen=True)
 class List:
     """List what there is to choose from.
 

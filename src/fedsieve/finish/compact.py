@@ -42,7 +42,7 @@ def export(source: Path, out: Path, spec: ModelSpec, recipe: Recipe, *, multiple
     """
     small = narrowed(source, spec, multiple)
     sizes: dict[str, Any] = {
-        "widths": _widths(spec, small),
+        "widths": widths(spec, small),
         "parameters": {"before": spec.parameters, "after": small.parameters},
         "flops": {"before": sum(spec.flops.values()), "after": sum(small.flops.values())},
     }
@@ -104,7 +104,7 @@ def load(path: Path) -> nn.Module:
     return Recipe.read(metadata, path).module(tensors, path)[0]
 
 
-def _widths(large: ModelSpec, small: ModelSpec) -> Mapping[str, Any]:
+def widths(large: ModelSpec, small: ModelSpec) -> Mapping[str, Any]:
     """Outputs and inputs of each layer, before and after."""
     return {
         slot.name.rpartition(".")[0]: {"before": list(slot.shape[:2]), "after": list(small.layout.named[slot.name].shape[:2])}
