@@ -187,8 +187,7 @@ def compare_command(words: list[str]) -> None:
 class Inspect:
     """Show what became of each layer: density, dead units, operations, masks.
 
-    A table, and a page with plots. Of an unfinished run, or one from Python,
-    what is known is shown.
+    A table, and a page with plots; of an unfinished run what is known.
 
     Example: fedsieve inspect runs/sparse
     """
@@ -196,8 +195,7 @@ class Inspect:
     folder: Positional[Path]
     """the run folder"""
     out: Path | None = None
-    """the page to write; None: inspect.html in the run folder, or none with
-    --json"""
+    """the page to write; None: inspect.html in the run folder, with --json none"""
     json: bool = False
     """machine-readable, on standard output"""
 
