@@ -74,6 +74,12 @@ def drops_out(job: Job, engine: Engine, round: int, client: int) -> bool:
     return bool(engine.dropout) and job.streams.at(round=round, client=client)("dropout").uniform(1)[0] < engine.dropout
 
 
+def took_part(job: Job, engine: Engine, rows: Sequence[Row]) -> list[int]:
+    """Return the clients, ascending, whose reply counted in one of these rounds."""
+    there = (set(draw(job, engine, row["round"])) - {int(client) for client in row["lost"]} for row in rows)
+    return sorted(set().union(*there))
+
+
 class Exchange:
     """Messages of one round on their way: packs, counts, unpacks, and notes who was lost."""
 

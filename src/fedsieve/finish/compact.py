@@ -59,9 +59,13 @@ def narrowed(source: Path, spec: ModelSpec, multiple: int = 1) -> ModelSpec:
     Raises:
         UsageError: the folder holds no final model, or one of another network.
     """
+    return compact(spec, final_params(source, spec), Masks.full(spec.layout), training=False, multiple=multiple).spec
+
+
+def final_params(source: Path, spec: ModelSpec) -> Params:
+    """Read the final model of a run folder as a vector. Errors as in `matching`."""
     tensors = matching(source, spec)
-    params = Params(spec.layout, torch.cat([tensors[slot.name].flatten() for slot in spec.layout.slots]))
-    return compact(spec, params, Masks.full(spec.layout), training=False, multiple=multiple).spec
+    return Params(spec.layout, torch.cat([tensors[slot.name].flatten() for slot in spec.layout.slots]))
 
 
 def matching(source: Path, spec: ModelSpec) -> dict[str, Tensor]:
