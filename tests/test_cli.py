@@ -198,7 +198,7 @@ def test_help_of_a_method_shows_every_key_with_its_default(call, name):
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", ["sweep", "resume", "report", "compare", "list", "export", "demo"])
+@pytest.mark.parametrize("name", ["sweep", "resume", "report", "compare", "inspect", "audit", "list", "export", "demo"])
 def test_help_of_a_command_has_an_example(call, name):
     code, out, _ = call(name, "--help")
     assert code == 0
@@ -378,7 +378,7 @@ def test_compare_report_export_and_resume_of_finished_runs(call, refused):
     assert call("export", "a")[0] == 0
     assert Path("a/export/packed.safetensors").stat().st_size > 0
     assert "complete already" in call("resume", "a")[1]
-    for command in ("compare", "report", "export", "resume"):
+    for command in ("compare", "report", "inspect", "audit", "export", "resume"):
         assert "nowhere" in refused(2, command, "nowhere")
 
 

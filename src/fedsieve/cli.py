@@ -18,6 +18,8 @@ COMMANDS = {
     "resume": "go on with an interrupted run, as if it had not been: fedsieve resume DIR",
     "report": "write report.html, report.md and records.csv of a run: fedsieve report DIR",
     "compare": "compare runs in a table and on one page: fedsieve compare DIR...",
+    "inspect": "show each layer's density, dead units and operations, and how masks moved: fedsieve inspect DIR [--json]",
+    "audit": "attack the final model: does it tell who was in the training data? fedsieve audit DIR [--json]",
     "list": "list algorithms, datasets, models or partitions [--json]",
     "bench": "measure where sparse kernels pay on this machine: fedsieve bench kernels",
     "export": "write the final model for use elsewhere: fedsieve export DIR [--runtime sparse]",
@@ -78,7 +80,7 @@ def _command(words: list[str]) -> None:
         from fedsieve.settings import nearest
 
         raise UsageError(f"no command {name!r}.{nearest(name, COMMANDS)} There are {', '.join(COMMANDS)}.")
-    if name in ("run", "sweep", "resume", "demo"):
+    if name in ("run", "sweep", "resume", "demo", "audit"):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _interrupt)
     sys.path.insert(0, os.getcwd())  # own methods, data and models are found in the current folder

@@ -20,12 +20,13 @@ from tyro.conf import Positional
 
 from fedsieve import config as configs
 from fedsieve.engine.nursery import warm_up
-from fedsieve.errors import Diverged, Interrupted, UsageError
+from fedsieve.errors import DataError, Diverged, Interrupted, UsageError
 from fedsieve.settings import Data, Engine, Local, nearest
 
 if TYPE_CHECKING:
     from fedsieve.config import Config
     from fedsieve.engine.loop import Result
+    from fedsieve.report.records import Run
     from fedsieve.sweep import Point
 
 T = TypeVar("T")
@@ -273,6 +274,126 @@ def compare_command(words: list[str]) -> None:
     if not asked.folders:
         raise UsageError("which runs? For example: fedsieve compare runs/dense runs/sparse")
     _compare(asked.folders, asked.out)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what became of each layer: density, dead units, operations, masks.
+
+    A table, and a page with plots; of an unfinished run what is known.
+
+    Example: fedsieve inspect runs/sparse
+    """
+
+    folder: Positional[Path]
+    """the run folder"""
+    out: Path | None = None
+    """the page to write; None: inspect.html in the run folder, with --json none"""
+    json: bool = False
+    """machine-readable, on standard output"""
+
+
+def inspect_command(words: list[str]) -> None:
+    """Inspect the layers of a run."""
+    asked = _parsed(Inspect, words, "fedsieve inspect")
+    from fedsieve.report.inspect import as_json, inspect, layers_table, sentences, write_page
+
+    found = inspect(asked.folder, lambda: configs.from_file(asked.folder / "config.toml").prepare()[0])
+    out = asked.out or (None if asked.json else asked.folder / "inspect.html")
+    page = write_page(found, out) if out else None
+    if asked.json:
+        print(json.dumps(as_json(found), indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(layers_table(found))
+    print("\n".join(sentences(found)))
+    print(f"page: {page}")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Attack the final model: does it tell who was in the training data?
+
+    By its losses, and by shadow models: networks like it, trained on test data.
+
+    Written are audit.json and audit.html.
+
+    Example: fedsieve audit runs/sparse --shadows 16
+    """
+
+    folder: Positional[Path]
+    """the run folder"""
+    shadows: int = 8
+    """shadow models, >= 0 (0: only the attack by losses)"""
+    client: Annotated[int | None, tyro.conf.arg(metavar="CLIENT")] = None
+    """only this client's examples are members; None: those of all clients"""
+    seed: int = 0
+    """seed of what is drawn, in [0, 2**63)"""
+    out: Path | None = None
+    """folder to write to; None: the run folder"""
+    json: bool = False
+    """machine-readable, on standard output"""
+
+
+def audit_command(words: list[str]) -> None:
+    """Attack the final model of a run."""
+    asked = _parsed(Audit, words, "fedsieve audit")
+    if asked.shadows < 0:
+        raise UsageError(f"--shadows {asked.shadows}: it should be 0 or more.")
+    if not 0 <= asked.seed < 2**63:
+        raise UsageError(f"--seed {asked.seed}: it should be in [0, 2**63).")
+    from fedsieve.report.records import read
+
+    run = read(asked.folder)
+    if "init" not in run.config.get("model", {}):
+        raise UsageError(
+            f"{asked.folder} was started from Python: its config.toml is not enough to build model and data again.\n"
+            "Call fedsieve.finish.audit.plan and .audit on them there."
+        )
+    told = _audited(asked, run)
+    from fedsieve import files
+    from fedsieve.report.audit import audit_table, write_page
+
+    out = asked.out or asked.folder
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(told, indent=2)
+    files.replace(out / "audit.json", text + "\n")
+    page = write_page(told, run, out / "audit.html")
+    if asked.json:
+        print(text)
+        return
+    from rich.console import Console
+
+    Console().print(audit_table(told))
+    print(f"page: {page}")
+
+
+def _audited(asked: Audit, run: Run) -> dict[str, Any]:
+    """Build what the run trained, and attack it."""
+    from fedsieve.algorithms.base import Job
+    from fedsieve.engine.round import took_part
+    from fedsieve.finish.audit import audit, plan
+    from fedsieve.finish.compact import final_params
+    from fedsieve.local.convolution import resolved
+    from fedsieve.progress import Bar
+    from fedsieve.streams import Streams
+
+    config = configs.from_file(asked.folder / "config.toml")
+    spec, data, start = config.prepare()
+    params = final_params(asked.folder, spec)
+    if run.partition is not None and run.partition.get("hash") != data.manifest()["hash"]:
+        raise DataError(
+            f"the examples are not shared out as {asked.folder / 'partition.json'} says: the data have changed since the run.\n"
+            "Put the data back that it was trained on (data.root)."
+        )
+    engine = config.engine
+    job = Job(spec, start, engine.rounds, len(data.parts), Streams(engine.seed), engine.cohort)
+    clients = took_part(job, engine, run.rows)
+    chosen = plan(data, run.rows, shadows=asked.shadows, clients=clients, client=asked.client, seed=asked.seed)
+    with Bar("shadow models", chosen.ticks) as bar:
+        local = resolved(config.local)
+        return audit(chosen, spec, params, data, local, init=config.model.init, rounds=engine.rounds, tick=bar.tick)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,32 @@ class Watch:
             print(f"{self._before}round {row['round']}/{self._rounds}  {said}  {row['seconds']:.2f} s", flush=True)
 
 
+class Bar:
+    """Shows how far long work has come: a bar on a terminal, nothing elsewhere; on the error stream. A context manager."""
+
+    def __init__(self, what: str, total: int) -> None:
+        columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn(compact=True))
+        console = Console(stderr=True)
+        shown = bool(total) and console.is_terminal and not console.is_dumb_terminal
+        self._bar = Progress(*columns, console=console, transient=True) if shown else None
+        if self._bar:
+            self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> Bar:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def tick(self) -> None:
+        """One more is done."""
+        if self._bar:
+            self._bar.advance(self._task)
+
+
 def megabytes(nbytes: int) -> str:
     """Return a number of bytes in megabytes of 10**6."""
     return f"{nbytes / 1e6:.2f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"

@@ -158,18 +158,19 @@ class FedSparsify:
         kept = trained.momentum if self.client_momentum == "kept" else None
         return reply, Mine({base: held[base], request.round: masks} if base else {request.round: masks}, kept)
 
-    def read(self, state: State, reply: Message) -> tuple[Params, Masks, float]:
-        """Decode a client's weights, their mask, and its weight."""
-        masks = state.masks if self.variant == "global" else reply.mask("mask", within=state.masks)
-        return reply.values("weights", masks), masks, weight(reply, self.weighting)
+    def read(self, state: State, reply: Message) -> tuple[Params, Masks | None, float]:
+        """Decode a client's weights, its own mask if it has one, and its weight."""
+        own = None if self.variant == "global" else reply.mask("mask", within=state.masks)
+        return reply.values("weights", state.masks if own is None else own), own, weight(reply, self.weighting)
 
-    def aggregate(self, state: State, replies: Iterable[tuple[int, tuple[Params, Masks, float]]]) -> State:
+    def aggregate(self, state: State, replies: Iterable[tuple[int, tuple[Params, Masks | None, float]]]) -> State:
         """Merge, then purge (variant global) or count the votes (variant local)."""
         masks, round = state.masks, state.round + 1
         mean, votes, held = WeightedMean(state.params.layout), Votes(state.params.layout), state.held.clone()
         for client, (params, own, share) in replies:
             mean.add(params, share)  # zeros of those who purged are averaged in, as published
-            votes.add(own)
+            if own is not None:
+                votes.add(own)
             held[client] = round
         params = state.params
         if mean.weight:

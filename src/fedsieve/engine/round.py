@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedsieve.algorithms.base import Algorithm, Job, Personal, counts, evaluation, network
+from fedsieve.engine.masking import Own, moved
 from fedsieve.engine.transports import Lost, Transport
 from fedsieve.errors import Diverged
 from fedsieve.params import Masks, Params
@@ -32,7 +33,7 @@ def play(
     Raises:
         Diverged: a client's loss is not finite and engine.nonfinite is "stop".
     """
-    spent = transport.flops
+    spent, before = transport.flops, state
     cohort = draw(job, engine, round)
     exchange = Exchange(job, engine, transport, Ledger())
     for _ in range(EXCHANGES):
@@ -51,6 +52,8 @@ def play(
     row |= {"clients": len(cohort), "examples": exchange.examples, "flops": transport.flops - spent}
     row |= {"client_memory": getattr(state, "client_memory", None)}
     row |= {"density": masks.density, "densities": masks.densities() if masks.density < 1 else None}
+    row |= moved(algorithm, before, round, params, masks) | {"client_overlap": exchange.own.overlap()}
+    row |= {"events": [str(event) for event in getattr(state, "events", ())]}
     if round % engine.eval_every == 0 or round == engine.rounds:
         found = transport.evaluate(params, masks, network(algorithm, state))
         row |= {"accuracy": found.accuracy, "loss": found.mean_loss}
@@ -72,6 +75,12 @@ def drops_out(job: Job, engine: Engine, round: int, client: int) -> bool:
     return bool(engine.dropout) and job.streams.at(round=round, client=client)("dropout").uniform(1)[0] < engine.dropout
 
 
+def took_part(job: Job, engine: Engine, rows: Sequence[Row]) -> list[int]:
+    """Return the clients, ascending, whose reply counted in one of these rounds."""
+    there = (set(draw(job, engine, row["round"])) - {int(client) for client in row["lost"]} for row in rows)
+    return sorted(set().union(*there))
+
+
 class Exchange:
     """Messages of one round on their way: packs, counts, unpacks, and notes who was lost."""
 
@@ -79,6 +88,8 @@ class Exchange:
         self._job, self._engine, self._transport, self.ledger = job, engine, transport, ledger
         self.lost: dict[int, str] = {}
         self.examples = 0
+        self.own = Own()
+        """clients' own masks, of the last exchange that had some"""
         self._losses: list[tuple[float, int]] = []
 
     def send(self, messages: Mapping[int, Message]) -> dict[int, bytes]:
@@ -109,6 +120,7 @@ class Exchange:
         self, algorithm: Algorithm[Any, Any, Any], state: Any, replies: Iterable[tuple[int, Message]]
     ) -> Iterator[tuple[int, Any]]:
         """Decode replies as the method reads them; one that is not valid counts as lost."""
+        own = Own()
         for client, reply in replies:
             try:
                 content = algorithm.read(state, reply)
@@ -119,6 +131,8 @@ class Exchange:
             if reply.kind == "train":
                 self._losses.append((float(loss), int(examples)))
                 self.examples += int(examples)
+            own.add(content)
+            self.own = own if own.any else self.own
             yield client, content
 
     def train_loss(self) -> float | None:

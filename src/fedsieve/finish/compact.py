@@ -42,7 +42,7 @@ def export(source: Path, out: Path, spec: ModelSpec, recipe: Recipe, *, multiple
     """
     small = narrowed(source, spec, multiple)
     sizes: dict[str, Any] = {
-        "widths": _widths(spec, small),
+        "widths": widths(spec, small),
         "parameters": {"before": spec.parameters, "after": small.parameters},
         "flops": {"before": sum(spec.flops.values()), "after": sum(small.flops.values())},
     }
@@ -59,9 +59,13 @@ def narrowed(source: Path, spec: ModelSpec, multiple: int = 1) -> ModelSpec:
     Raises:
         UsageError: the folder holds no final model, or one of another network.
     """
+    return compact(spec, final_params(source, spec), Masks.full(spec.layout), training=False, multiple=multiple).spec
+
+
+def final_params(source: Path, spec: ModelSpec) -> Params:
+    """Read the final model of a run folder as a vector. Errors as in `matching`."""
     tensors = matching(source, spec)
-    params = Params(spec.layout, torch.cat([tensors[slot.name].flatten() for slot in spec.layout.slots]))
-    return compact(spec, params, Masks.full(spec.layout), training=False, multiple=multiple).spec
+    return Params(spec.layout, torch.cat([tensors[slot.name].flatten() for slot in spec.layout.slots]))
 
 
 def matching(source: Path, spec: ModelSpec) -> dict[str, Tensor]:
@@ -104,7 +108,7 @@ def load(path: Path) -> nn.Module:
     return Recipe.read(metadata, path).module(tensors, path)[0]
 
 
-def _widths(large: ModelSpec, small: ModelSpec) -> Mapping[str, Any]:
+def widths(large: ModelSpec, small: ModelSpec) -> Mapping[str, Any]:
     """Outputs and inputs of each layer, before and after."""
     return {
         slot.name.rpartition(".")[0]: {"before": list(slot.shape[:2]), "after": list(small.layout.named[slot.name].shape[:2])}

@@ -7,19 +7,17 @@ are told apart by letters at their ends, not by colour alone. Equal run folders 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from fedsieve.errors import UsageError
-from fedsieve.report.plots import HUES, INK, MUTED, VARIABLES, WIDTH, Line, canvas, coloured, plot, whole_numbers, with_ids
+from fedsieve.report.html import figure, page, pairs, section, table, text, tiles, write
+from fedsieve.report.plots import HUES, INK, MUTED, VARIABLES, WIDTH, Line, canvas, coloured, plot, whole_numbers
 from fedsieve.report.records import Outcome, Run, differences, flat, groups, names, number, outcome, read, show
 from fedsieve.report.table import digits, markdown, printable, rows, size, summary_markdown
 
@@ -29,10 +27,6 @@ MOST_LOST = 50
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _PHASES = {"train": HUES[0], "masks": HUES[1], "setup": HUES[2], "control": HUES[3], "eval": HUES[5]}
-_DARK = {
-    **{"ink": "#e8ebee", "muted": "#a3adb8", "rule": "#343b43", "paper": "#14181d"},
-    **{"hue0": "#5ab4ec", "hue1": "#ff9057", "hue2": "#3ecb9f", "hue3": "#e392cf", "hue4": "#e6b84a", "hue5": "#c3cad2"},
-}
 
 
 def write_report(folder: Path) -> Path:
@@ -44,8 +38,8 @@ def write_report(folder: Path) -> Path:
     """
     run = read(folder)
     path = run.folder / "report.html"
-    _write(path, _report(run))
-    _write(path.with_suffix(".md"), _report_markdown(run))
+    write(path, _report(run))
+    write(path.with_suffix(".md"), _report_markdown(run))
     return path
 
 
@@ -61,22 +55,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     if not folders:
         raise UsageError("no run folder was given to compare; name one or more, for example: fedsieve compare runs/a runs/b")
     runs = [read(folder) for folder in {Path(folder).resolve(): Path(folder) for folder in folders}.values()]
-    _write(Path(out), _comparison(runs))
+    write(Path(out), _comparison(runs))
     return Path(out)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise UsageError(
-            f"{path} cannot be written: {error.strerror}. Give a file in a folder that you may write to."
-        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ pages
@@ -86,17 +66,17 @@ def _report(run: Run) -> str:
     came, data, model = outcome(run), _setting(run, "data.name", "dataset"), _setting(run, "model.name", "model")
     lost = [(row["round"], client, reason) for row in run.rows for client, reason in (row.get("lost") or {}).items()]
     parts = [
-        f'<header><p class="kicker">Federated run · <span class="status {_tone(came)}">{_text(came.status)}</span></p>'
-        f"<h1>{_text(run.label)}</h1><p>{_text(_sentence(run, data, model))}</p></header>",
+        f'<header><p class="kicker">Federated run · <span class="status {_tone(came)}">{text(came.status)}</span></p>'
+        f"<h1>{text(run.label)}</h1><p>{text(_sentence(run, data, model))}</p></header>",
         _tiles(run, came),
-        _section("Accuracy", _accuracy_figures(run)),
-        _section("Density", [_density_figure(run), _layers_figure(run)]),
-        _section("Communication", [_phases_figure(run), _phases_table(run)]),
-        _section("Data and result", [_labels_figure(run) if run.partition else "", _result_table(run)]),
-        _section(f"Lost clients ({len(lost)})", [_lost_html(lost)] if lost else [], columns=False),
-        _section("How it was run", [_settings_html(run)], columns=False),
+        section("Accuracy", _accuracy_figures(run)),
+        section("Density", [_density_figure(run), _layers_figure(run)]),
+        section("Communication", [_phases_figure(run), _phases_table(run)]),
+        section("Data and result", [_labels_figure(run) if run.partition else "", _result_table(run)]),
+        section(f"Lost clients ({len(lost)})", [_lost_html(lost)] if lost else [], columns=False),
+        section("How it was run", [_settings_html(run)], columns=False),
     ]
-    return _page(f"{run.label} on {data}", parts)
+    return page(f"{run.label} on {data}", parts)
 
 
 def _comparison(runs: Sequence[Run]) -> str:
@@ -105,149 +85,20 @@ def _comparison(runs: Sequence[Run]) -> str:
     if not differing:
         said = "The settings of these runs are the same."
     else:
-        keys = ", ".join(f"<code>{_text(key)}</code>" for key in differing)
+        keys = ", ".join(f"<code>{text(key)}</code>" for key in differing)
         said = f"These runs differ in {len(differing)} setting{'s' * (len(differing) > 1)}: {keys}."
     shared = [f"{word} {show(flat(runs[0].config)[key])}" for word, key in (("data", "data.name"), ("model", "model.name"))
               if key not in differing and key in flat(runs[0].config)]  # fmt: skip
     parts = [
-        f'<header><p class="kicker">{_text(" · ".join(["Comparison", *shared]))}</p>'
+        f'<header><p class="kicker">{text(" · ".join(["Comparison", *shared]))}</p>'
         f"<h1>{len(runs)} federated run{'s' * (len(runs) != 1)}</h1><p>{said}</p></header>",
-        _section("Results", [_results_html(runs, lines)], columns=False),
+        section("Results", [_results_html(runs, lines)], columns=False),
         _key(lines),
-        _section("Accuracy", _accuracy_comparison(lines)),
-        _section("Density and communication", [_density_comparison(lines), _phases_comparison(lines)]),
-        _section("Settings that differ", [_differences_html(lines)] if differing else [], columns=False),
+        section("Accuracy", _accuracy_comparison(lines)),
+        section("Density and communication", [_density_comparison(lines), _phases_comparison(lines)]),
+        section("Settings that differ", [_differences_html(lines)] if differing else [], columns=False),
     ]
-    return _page(f"Comparison of {len(runs)} runs", parts)
-
-
-def _page(title: str, parts: Sequence[str]) -> str:
-    body = "\n".join(part for part in parts if part)
-    counter = iter(range(1, 1000))
-    body = re.sub(r'(<svg class="plot".*?</svg>)', lambda found: with_ids(found[1], f"p{next(counter)}-"), body, flags=re.S)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f'<link rel="icon" href="data:,">\n<title>{_text(title)}</title>\n<style>\n{_style()}</style>\n</head>\n'
-        f"<body>\n<main>\n{body}\n"
-        "<footer>Accuracy is measured on test examples. A megabyte (MB) is a million bytes. Bytes are the lengths of the "
-        "messages carried; evaluation is not counted in the totals. Density is the share of the prunable weights that are "
-        "kept.</footer>\n"
-        "</main>\n</body>\n</html>\n"
-    )
-
-
-def _style() -> str:
-    light = "".join(f"--{name}:{colour};" for colour, name in VARIABLES.items())
-    dark = "".join(f"--{name}:{colour};" for name, colour in _DARK.items())
-    return f":root{{{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{_CSS}"
-
-
-_CSS = """\
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums;-webkit-text-size-adjust:100%}
-main{max-width:1200px;margin:0 auto;padding:32px 24px 48px}
-header{margin-bottom:24px}
-header p{margin:0;max-width:96ch;color:var(--muted)}
-header code{color:var(--ink)}
-.kicker{font-size:14px;color:var(--muted)}
-h1{margin:2px 0 6px;font-size:30px;line-height:1.2;letter-spacing:-.01em;overflow-wrap:anywhere}
-h2{margin:0 0 16px;padding-top:14px;border-top:1px solid var(--rule);font-size:20px;line-height:1.3}
-section{margin-top:24px}
-.columns{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:32px 40px;align-items:start}
-.status{font-weight:600;color:var(--ink)}
-.status::before{content:"";display:inline-block;width:.6em;height:.6em;margin-right:.4em;border-radius:50%;background:var(--tone)}
-.good{--tone:var(--hue2)}.fair{--tone:var(--hue4)}.bad{--tone:var(--hue1)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:14px 20px;margin:0;
-padding:14px 0;border-top:1px solid var(--rule)}
-.tiles dt{font-size:14px;color:var(--muted)}
-.tiles dd{margin:0}
-.tiles dd.value{font-size:28px;line-height:1.25;font-weight:600;letter-spacing:-.01em;white-space:nowrap}
-.tiles small{font-size:16px;font-weight:400;color:var(--muted);letter-spacing:0}
-.tiles dd.note{font-size:13px;color:var(--muted);line-height:1.4}
-figure{margin:0;break-inside:avoid}
-.columns figure{display:grid;grid-template-rows:subgrid;grid-row:span 2;row-gap:0}
-.columns{row-gap:0}.columns figure{margin-bottom:20px}
-h3{margin:0;font-size:16px;line-height:1.35}
-figcaption p{margin:2px 0 8px;font-size:14px;line-height:1.45;color:var(--muted)}
-svg.plot{display:block;width:100%;height:auto;overflow:visible}
-svg.plot image{image-rendering:pixelated}
-.none{margin:0;padding:32px 16px;border:1px dashed var(--rule);color:var(--muted);text-align:center}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:15px;line-height:1.4}
-table.wide{width:100%}
-th,td{padding:5px 20px 5px 0;text-align:left;vertical-align:baseline;border-bottom:1px solid var(--rule)}
-th:last-child,td:last-child{padding-right:0}
-thead th{font-weight:600;font-size:14px;color:var(--muted);border-bottom-color:var(--muted);vertical-align:bottom}
-tbody th{font-weight:400}
-.wide tbody th{min-width:8em}
-td.n,th.n{text-align:right;white-space:nowrap}
-td.any{overflow-wrap:anywhere}
-tr.sum td,tr.sum th{font-weight:600;border-bottom:0;border-top:1px solid var(--muted)}
-.key{display:flex;flex-wrap:wrap;gap:2px 22px;margin:32px 0 -12px;padding:8px 0;background:var(--paper);font-size:14px;
-border-bottom:1px solid var(--rule)}
-.key span{display:inline-flex;align-items:center;gap:7px}
-.mark{display:inline-flex;align-items:center;gap:7px;font-weight:700;margin-right:8px;white-space:nowrap}
-.swatch{width:26px;height:10px;flex:none}
-.swatch.box{width:12px;height:12px}
-figcaption .phases{display:flex;flex-wrap:wrap;gap:2px 16px;color:var(--ink)}
-.phases span{display:inline-flex;align-items:center;gap:6px}
-details{margin-top:16px}
-summary{cursor:pointer;padding:6px 0;font-weight:600}
-pre{margin:6px 0;padding:12px 14px;overflow-x:auto;border:1px solid var(--rule);font:13px/1.5 ui-monospace,SFMono-Regular,
-Menlo,Consolas,monospace}
-code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.9em}
-footer{margin-top:40px;padding-top:12px;border-top:1px solid var(--rule);font-size:13px;color:var(--muted)}
-@media (min-width:801px) and (min-height:600px){.key{position:sticky;top:0;z-index:1}}
-@media (max-width:800px){.columns{grid-template-columns:minmax(0,1fr)}main{padding:20px 16px 32px}h1{font-size:24px}
-.tiles{grid-template-columns:repeat(2,1fr)}.tiles dd.value{font-size:24px}}
-@media print{body{font-size:11pt}main{max-width:none;padding:0}section{margin-top:20px}h2,h3{break-after:avoid}
-.key{position:static}}
-"""
-
-
-def _section(title: str, parts: Sequence[str], *, columns: bool = True) -> str:
-    found = "\n".join(part for part in parts if part)
-    if not found:
-        return ""
-    found = f'<div class="columns">\n{found}\n</div>' if columns else found
-    return f"<section>\n<h2>{_text(title)}</h2>\n{found}\n</section>"
-
-
-def _figure(title: str, caption: str, drawing: str, above: str = "") -> str:
-    """Return a plot or a table under its title; without a drawing the caption says why there is none."""
-    if not drawing:
-        return f'<figure><figcaption><h3>{_text(title)}</h3></figcaption><p class="none">{_text(caption)}</p></figure>'
-    if drawing.startswith("<svg "):
-        said = _text(f"{title}. {caption}")
-        drawing = f'<svg class="plot" role="img" aria-label="{said}" {drawing.removeprefix("<svg ")}'
-    return f"<figure><figcaption><h3>{_text(title)}</h3><p>{_text(caption)}</p>{above}</figcaption>{drawing}</figure>"
-
-
-def _table(
-    head: Sequence[str], body: Sequence[Sequence[str]], *, words: Sequence[int] = (0,), last_is_sum: bool = False
-) -> str:
-    """Return a table of cells that are HTML already; columns not in `words` are numbers, aligned to the right."""
-    kind = ["" if i in words else ' class="n"' for i in range(len(head))]
-    lines = ["<tr>" + "".join(f'<th scope="col"{k}>{cell}</th>' for k, cell in zip(kind, head, strict=True)) + "</tr>"]
-    for i, row in enumerate(body):
-        total = ' class="sum"' if last_is_sum and i == len(body) - 1 else ""
-        cells = "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kind[1:], row[1:], strict=True))
-        lines.append(f'<tr{total}><th scope="row">{row[0]}</th>{cells}</tr>')
-    return f'<div class="scroll"><table class="wide"><thead>{lines[0]}</thead><tbody>{"".join(lines[1:])}</tbody></table></div>'
-
-
-def _pairs(cells: dict[str, Any]) -> str:
-    lines = "".join(f'<tr><th scope="row">{_text(k)}</th><td class="any">{_text(show(v))}</td></tr>' for k, v in cells.items())
-    return f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'
-
-
-def _text(value: Any) -> str:
-    return escape(printable(str(value)), quote=True)
+    return page(f"Comparison of {len(runs)} runs", parts)
 
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -266,11 +117,11 @@ def _sentence(run: Run, data: str, model: str) -> str:
     clients = (run.partition or {}).get("clients") or config.get("data.clients")
     split = show(config.get("data.partition"))
     skew = f" with alpha {show(config.get('data.alpha'))}" if split in ("dirichlet", "quantity") else ""
-    text = f"Model {model} on {data}"
+    said = f"Model {model} on {data}"
     if clients:
         cohort = config.get("engine.cohort") or "all"
-        text += f", {clients} client{'s' * (clients != 1)} ({split} partition{skew}, {cohort} in each round)"
-    return f"{text}. Folder {run.folder.resolve().name}."
+        said += f", {clients} client{'s' * (clients != 1)} ({split} partition{skew}, {cohort} in each round)"
+    return f"{said}. Folder {run.folder.resolve().name}."
 
 
 def _tiles(run: Run, came: Outcome) -> str:
@@ -283,20 +134,21 @@ def _tiles(run: Run, came: Outcome) -> str:
     accuracy = "–" if came.accuracy is None else f"{100 * came.accuracy:.1f}"
     density = "–" if came.density is None else digits(came.density, "share")
     up, down = came.bytes_up / 1e6, came.bytes_down / 1e6
-    tiles = [
-        ("Test accuracy", accuracy, "%" if came.accuracy is not None else "", best),
-        ("Density", density, "", f"model of {parameters:,} parameters" if parameters else ""),
-        ("Uplink", digits(up), "MB", f"{digits(up / max(came.rounds, 1))} MB a round"),
-        ("Downlink", digits(down), "MB", f"{digits(once / 1e6)} MB as one broadcast to all" if once else ""),
-        ("Rounds", f"{came.rounds:,}", "", f"of {planned:,} planned" if planned and planned != came.rounds else "as planned"),
-        ("Time", digits(came.seconds), "s", f"{digits(codec)} s of it packing and unpacking" if codec else ""),
-    ]
-    cells = "".join(
-        f'<div><dt>{title}</dt><dd class="value">{_text(value)}{f" <small>{unit}</small>" if unit else ""}</dd>'
-        f'<dd class="note">{_text(note)}</dd></div>'
-        for title, value, unit, note in tiles
+    return tiles(
+        [
+            ("Test accuracy", accuracy, "%" if came.accuracy is not None else "", best),
+            ("Density", density, "", f"model of {parameters:,} parameters" if parameters else ""),
+            ("Uplink", digits(up), "MB", f"{digits(up / max(came.rounds, 1))} MB a round"),
+            ("Downlink", digits(down), "MB", f"{digits(once / 1e6)} MB as one broadcast to all" if once else ""),
+            (
+                "Rounds",
+                f"{came.rounds:,}",
+                "",
+                f"of {planned:,} planned" if planned and planned != came.rounds else "as planned",
+            ),
+            ("Time", digits(came.seconds), "s", f"{digits(codec)} s of it packing and unpacking" if codec else ""),
+        ]
     )
-    return f'<dl class="tiles">{cells}</dl>'
 
 
 def _accuracy_figures(run: Run) -> list[str]:
@@ -304,7 +156,7 @@ def _accuracy_figures(run: Run) -> list[str]:
     curve = _curve(run)
     if not curve.accuracy:
         why = "No round has been evaluated." if run.rows else "No round has been completed."
-        return [_figure(title, why, "") for title in titles]
+        return [figure(title, why, "") for title in titles]
     lines = [Line("test", curve.rounds, curve.accuracy, HUES[0])]
     caption = "Test accuracy of the server's model after each evaluated round."
     clients = [(row["round"], row["client_accuracy"]) for row in run.rows if row.get("client_accuracy")]
@@ -313,21 +165,21 @@ def _accuracy_figures(run: Run) -> list[str]:
         low, middle, high = ([100 * found[key] for _, found in clients] for key in ("p10", "mean", "p90"))
         lines.append(Line("clients", [x for x, _ in clients], middle, HUES[1], _DASHES[1], low, high))
         caption += " Dashed: mean over the clients' own test examples; band: 10th to 90th percentile of the clients."
-    first = _figure(titles[0], caption, plot(lines, "round", "accuracy (%)", percent=True, whole=True))
+    first = figure(titles[0], caption, plot(lines, "round", "accuracy (%)", percent=True, whole=True))
     caption = "The same test accuracy against all bytes carried so far, uplink and downlink, without evaluation."
     second = plot([Line("test", curve.megabytes, curve.accuracy, HUES[0])], "MB up + down", "accuracy (%)", percent=True)
-    return [first, _figure(titles[1], caption, second)]
+    return [first, figure(titles[1], caption, second)]
 
 
 def _density_figure(run: Run) -> str:
     points = [(row["round"], value) for row in run.rows if (value := number(row.get("density"))) is not None]
     if not points:
-        return _figure("Density over the rounds", "No density was recorded.", "")
+        return figure("Density over the rounds", "No density was recorded.", "")
     log = _far_apart([y for _, y in points])
     line = Line("", [x for x, _ in points], [y for _, y in points], HUES[0])
     axis = "density (log scale)" if log else "density"
     caption = f"Share of the prunable weights that are kept: {digits(points[-1][1], 'share')} after round {points[-1][0]}."
-    return _figure("Density over the rounds", caption, plot([line], "round", axis, whole=True, logy=log))
+    return figure("Density over the rounds", caption, plot([line], "round", axis, whole=True, logy=log))
 
 
 def _layers_figure(run: Run) -> str:
@@ -349,7 +201,7 @@ def _layers_figure(run: Run) -> str:
         axes.grid(visible=False, axis="y")
         for i, (_, density) in enumerate(shown):
             axes.annotate(digits(density, "share"), (density, i), (5, 0), textcoords="offset points", va="center", color=INK)
-    return _figure("Density of each layer", caption, drawing.svg)
+    return figure("Density of each layer", caption, drawing.svg)
 
 
 def _phases(run: Run) -> list[str]:
@@ -369,7 +221,7 @@ def _phases_figure(run: Run) -> str:
     phases = _phases(run)
     title = "Megabytes in each round, by phase"
     if not phases:
-        return _figure(title, "No bytes were carried." if run.rows else "No round has been completed.", "")
+        return figure(title, "No bytes were carried." if run.rows else "No round has been completed.", "")
     step = -(-len(run.rows) // 120)
     chunks = [run.rows[i : i + step] for i in range(0, len(run.rows), step)]
     edges = [chunk[0]["round"] - 0.5 for chunk in chunks] + [run.rows[-1]["round"] + 0.5]
@@ -389,7 +241,7 @@ def _phases_figure(run: Run) -> str:
         panels[1].set_xlabel("round")
     caption = "Messages carried in each round; the two panels have their own scales."
     caption += f" Each step is the mean of {step} rounds." if step > 1 else ""
-    return _figure(title, caption, drawing.svg, _phase_key(phases))
+    return figure(title, caption, drawing.svg, _phase_key(phases))
 
 
 def _phase_key(phases: Sequence[str]) -> str:
@@ -418,13 +270,13 @@ def _phases_table(run: Run) -> str:
     once = sum(row.get("bytes_down_once", 0) for row in run.rows) / 1e6
     note = f" Counting each distinct broadcast once, the downlink is {digits(once)} MB." if once else ""
     caption = f"Downlink is counted once for each client that receives it.{note}"
-    return _figure("Megabytes in total, by phase", caption, _table(["phase", "MB up", "MB down"], lines, last_is_sum=True))
+    return figure("Megabytes in total, by phase", caption, table(["phase", "MB up", "MB down"], lines, last_is_sum=True))
 
 
 def _labels_figure(run: Run) -> str:
     histogram = (run.partition or {}).get("histogram") or []
     if not histogram or not histogram[0]:
-        return _figure("Labels of each client", "The partition holds no counts of labels.", "")
+        return figure("Labels of each client", "The partition holds no counts of labels.", "")
     count = min(len(histogram), MOST_CLIENTS)
     picked = [histogram[i * len(histogram) // count] for i in range(count)]
     examples = [sum(counts) for counts in picked]
@@ -458,7 +310,7 @@ def _labels_figure(run: Run) -> str:
         scale.set(xticks=(), yticks=(0, 0.5, 1), yticklabels=("0", "50 %", "100 %"))
         scale.yaxis.tick_right()
         scale.grid(visible=False)
-    return _figure("Labels of each client", caption, drawing.svg)
+    return figure("Labels of each client", caption, drawing.svg)
 
 
 def _summary_cells(run: Run) -> dict[str, str]:
@@ -478,8 +330,8 @@ def _summary_cells(run: Run) -> dict[str, str]:
 
 
 def _result_table(run: Run) -> str:
-    return _figure(
-        "The run in numbers", "At the last round, and in total; bytes without evaluation.", _pairs(_summary_cells(run))
+    return figure(
+        "The run in numbers", "At the last round, and in total; bytes without evaluation.", pairs(_summary_cells(run))
     )
 
 
@@ -487,12 +339,12 @@ def _lost_html(lost: Sequence[tuple[int, str, str]]) -> str:
     reasons: dict[str, int] = {}
     for _, _, reason in lost:
         reasons[reason] = reasons.get(reason, 0) + 1
-    counts = [(_text(reason), str(count)) for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
-    each = [(str(number), _text(client), _text(reason)) for number, client, reason in lost[:MOST_LOST]]
+    counts = [(text(reason), str(count)) for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
+    each = [(str(number), text(client), text(reason)) for number, client, reason in lost[:MOST_LOST]]
     more = f"<p>and {len(lost) - MOST_LOST} more, in records.jsonl</p>" if len(lost) > MOST_LOST else ""
     said = "<p>A lost reply counts no bytes up; what was sent to the client counts.</p>"
-    details = _table(["round", "client", "reason"], each, words=(0, 1, 2)) + more
-    return f"{said}{_table(['reason', 'times'], counts)}<details><summary>Each by round</summary>{details}</details>"
+    details = table(["round", "client", "reason"], each, words=(0, 1, 2)) + more
+    return f"{said}{table(['reason', 'times'], counts)}<details><summary>Each by round</summary>{details}</details>"
 
 
 def _settings_html(run: Run) -> str:
@@ -500,8 +352,8 @@ def _settings_html(run: Run) -> str:
     facts: dict[str, Any] = {key: run.summary[key] for key in ("started", "config_hash") if key in run.summary}
     facts |= flat({key: run.summary[key] for key in ("hardware", "versions") if isinstance(run.summary.get(key), dict)})
     if facts:
-        parts.append(f"<details><summary>Versions and hardware</summary>{_pairs(facts)}</details>")
-    parts.append(f"<details open><summary>Settings (config.toml)</summary>{_pairs(flat(run.config))}</details>")
+        parts.append(f"<details><summary>Versions and hardware</summary>{pairs(facts)}</details>")
+    parts.append(f"<details open><summary>Settings (config.toml)</summary>{pairs(flat(run.config))}</details>")
     return "".join(reversed(parts))
 
 
@@ -596,19 +448,19 @@ def _mark(line: Group) -> str:
 
 
 def _key(lines: Sequence[Group]) -> str:
-    return '<div class="key">' + "".join(f"<span>{_mark(line)} {_text(line.name)}</span>" for line in lines) + "</div>"
+    return '<div class="key">' + "".join(f"<span>{_mark(line)} {text(line.name)}</span>" for line in lines) + "</div>"
 
 
 def _results_html(runs: Sequence[Run], lines: Sequence[Group]) -> str:
     found = rows(runs, each=False)
     head = [column for column in found[0] if column != "folder"]
     body = [
-        [f'<span class="mark">{_mark(line)}</span>{_text(row["method"])}', *(_text(row[column]) for column in head[1:])]
+        [f'<span class="mark">{_mark(line)}</span>{text(row["method"])}', *(text(row[column]) for column in head[1:])]
         for line, row in zip(lines, found, strict=True)
     ]
     every = [row for row in rows(runs) if row["folder"]]
-    cells = [[_text(row["method"]), *(_text(cell) for cell in list(row.values())[1:])] for row in every]
-    states = [_text(outcome(run).status) for line in lines for run in line.runs]
+    cells = [[text(row["method"]), *(text(cell) for cell in list(row.values())[1:])] for row in every]
+    states = [text(outcome(run).status) for line in lines for run in line.runs]
     cells = [[*row[:1], state, *row[1:]] for row, state in zip(cells, states, strict=True)]
     columns = ["run", "status", *list(every[0])[1:]]
     unfinished = [run for run in runs if outcome(run).status != "done"]
@@ -618,8 +470,8 @@ def _results_html(runs: Sequence[Run], lines: Sequence[Group]) -> str:
         else ""
     )
     return (
-        f"{_table([_text(c) for c in head], body)}{warning}"
-        f"<details><summary>Each run</summary>{_table(columns, cells, words=(0, 1, len(columns) - 1))}</details>"
+        f"{table([text(c) for c in head], body)}{warning}"
+        f"<details><summary>Each run</summary>{table(columns, cells, words=(0, 1, len(columns) - 1))}</details>"
     )
 
 
@@ -636,14 +488,14 @@ def _accuracy_comparison(lines: Sequence[Group]) -> list[str]:
         drawn = [line for line in (_merged(group, kind) for group in lines) if line is not None]
         title = f"Accuracy against {'round' if kind == 'rounds' else kind}"
         if not drawn:
-            return [_figure("Accuracy", "No run has been evaluated.", "")]
+            return [figure("Accuracy", "No run has been evaluated.", "")]
         svg = plot(drawn, axis, "accuracy (%)", percent=True, whole=kind == "rounds", logx=log and kind == "megabytes")
-        figures.append(_figure(title, caption, svg))
+        figures.append(figure(title, caption, svg))
         if kind == "megabytes":
             ends = [replace(line, x=line.x[-1:], y=line.y[-1:], low=None, high=None) for line in drawn]
     caption = "Where each run ended: up and to the left is better." + (" Mean over the seeds." if band else "") + scale
     svg = plot(ends, "MB up + down", "accuracy (%)", percent=True, logx=log)
-    return [*figures, _figure("Last accuracy against megabytes", caption, svg)]
+    return [*figures, figure("Last accuracy against megabytes", caption, svg)]
 
 
 def _far_apart(values: Sequence[float]) -> bool:
@@ -678,11 +530,11 @@ def _density_comparison(lines: Sequence[Group]) -> str:
         if common:
             drawn.append(_mean_line(group, common, [[densities[x] for x in common] for densities in found]))
     if not drawn:
-        return _figure("Density over the rounds", "No density was recorded.", "")
+        return figure("Density over the rounds", "No density was recorded.", "")
     log = _far_apart([y for line in drawn for y in line.y])
     caption = "Share of the prunable weights that are kept after each round." + " Log scale." * log
     svg = plot(drawn, "round", "density", whole=True, logy=log)
-    return _figure("Density over the rounds", caption, svg)
+    return figure("Density over the rounds", caption, svg)
 
 
 def _phases_comparison(lines: Sequence[Group]) -> str:
@@ -693,7 +545,7 @@ def _phases_comparison(lines: Sequence[Group]) -> str:
     ]
     used = [phase for phase in _PHASES if any(carried[phase] for _, carried in bars)]
     if not used:
-        return _figure("Megabytes carried, by phase", "No bytes were carried.", "")
+        return figure("Megabytes carried, by phase", "No bytes were carried.", "")
     with canvas(48 + 40 * len(lines)) as drawing:
         axes = drawing.axes(left=58, right=62, bottom=40, top=4)
         spots = [i // 2 + (-0.19 if i % 2 == 0 else 0.19) for i in range(len(bars))]
@@ -702,14 +554,14 @@ def _phases_comparison(lines: Sequence[Group]) -> str:
             for phase in used:
                 axes.barh(spot, carried[phase], left=start, height=0.32, color=_PHASES[phase], linewidth=0)
                 start += carried[phase]
-            text = digits(start - carried["eval"])
-            axes.annotate(text, (start, spot), (5, 0), textcoords="offset points", va="center", fontsize=11, color=INK)
+            total = digits(start - carried["eval"])
+            axes.annotate(total, (start, spot), (5, 0), textcoords="offset points", va="center", fontsize=11, color=INK)
         axes.set(xlim=(0, max(sum(carried.values()) for _, carried in bars)), ylim=(len(lines) - 0.5, -0.5), xlabel="MB")
         axes.set_yticks(spots, [name for name, _ in bars], fontsize=11, color=INK)
         axes.grid(visible=False, axis="y")
     several = " (mean over the seeds)" if any(len(group.runs) > 1 for group in lines) else ""
     caption = f"All messages of the whole run{several}. The number at each bar is its sum without evaluation."
-    return _figure("Megabytes carried, by phase", caption, drawing.svg, _phase_key(used))
+    return figure("Megabytes carried, by phase", caption, drawing.svg, _phase_key(used))
 
 
 def _differences_html(lines: Sequence[Group]) -> str:
@@ -718,9 +570,9 @@ def _differences_html(lines: Sequence[Group]) -> str:
     for key, values in differences(ordered).items():
         given = iter(values)
         cells = [", ".join(dict.fromkeys(show(next(given)) for _ in line.runs)) for line in lines]
-        body.append([f"<code>{_text(key)}</code>", *map(_text, cells)])
+        body.append([f"<code>{text(key)}</code>", *map(text, cells)])
     head = ["setting", *(f'<span class="mark">{_mark(line)}</span>' for line in lines)]
-    return _table(head, body, words=range(len(head)))
+    return table(head, body, words=range(len(head)))
 
 
 def _shorten(name: str, length: int) -> str:

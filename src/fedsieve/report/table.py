@@ -145,7 +145,8 @@ def printable(text: str) -> str:
 def csv(run: Run) -> str:
     """Return the records as CSV: one line a round, nested keys joined with dots, nulls empty.
 
-    `lost` is one column (`id: reason`, separated by semicolons), so that the columns do not depend on who was lost.
+    `lost` is one column (`id: reason`, separated by semicolons), so that the columns do not depend on who was lost, and so
+    is `events`.
     """
     records = [_record(row) for row in run.rows]
     columns = dict.fromkeys(key for record in records for key in record)
@@ -161,4 +162,5 @@ def csv(run: Run) -> str:
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
     lost = "; ".join(f"{client}: {reason}" for client, reason in (row.get("lost") or {}).items())
-    return flat(row | {"lost": lost} if "lost" in row else row)
+    texts = {"lost": lost, "events": "; ".join(row.get("events") or ())}
+    return flat(row | {key: text for key, text in texts.items() if key in row})
