@@ -32,13 +32,8 @@ class Watch:
         self._bar = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             said = TextColumn("{task.fields[said]}", table_column=Column())  # wraps where the terminal is narrow
-            columns = (
-                TextColumn(f"{self._before}round"),
-                MofNCompleteColumn(),
-                BarColumn(6),
-                TimeRemainingColumn(compact=True),
-                said,
-            )
+            bar = () if before else (BarColumn(6),)  # both do not fit into 80 columns
+            columns = (TextColumn(f"{self._before}round"), MofNCompleteColumn(), *bar, TimeRemainingColumn(compact=True), said)
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("", total=rounds, said="")
 
