@@ -51,7 +51,7 @@ def play(
     row |= {"clients": len(cohort), "examples": exchange.examples, "flops": transport.flops - spent}
     row |= {"density": masks.density, "densities": masks.densities() if masks.density < 1 else None}
     if round % engine.eval_every == 0 or round == engine.rounds:
-        found = transport.evaluate(params, masks, network(algorithm, state))
+        found = transport.evaluate(params, masks, network(algorithm, state, job.spec))
         row |= {"accuracy": found.accuracy, "loss": found.mean_loss}
         before, after = exchange.evaluate(algorithm, state, params, masks)
         row |= {"client_accuracy": _percentiles(before), "tuned_accuracy": _percentiles(after)}
