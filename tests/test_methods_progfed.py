@@ -22,6 +22,7 @@ from fedsieve import (
     Model,
     ModelSpec,
     Params,
+    Stream,
     Streams,
     UsageError,
     WireError,
@@ -381,6 +382,17 @@ def test_what_is_compressed_is_right_on_average(bits, keep):
     error = (found.mean(0) - flat).abs() / (found.std(0) / len(draws) ** 0.5 + flat.abs() * 1e-6 + 1e-12)
     assert float(error.max()) < 5
     assert found.std(0).max() > 0
+
+
+@pytest.mark.parametrize("words", [2**63, 5])
+def test_a_choice_is_the_beginning_of_a_permutation(words, monkeypatch):
+    """Also where words are equal, which 64 bits hardly ever are."""
+    draw = Stream.words
+    monkeypatch.setattr(Stream, "words", lambda self, n: draw(self, n) % np.uint64(words))
+    for n, k in ((1, 1), (7, 0), (7, 3), (7, 7), (200, 40), (200, 199)):
+        for seed in range(20):
+            chosen = Streams(seed)("c").choice(n, k)
+            assert same(chosen, np.sort(Streams(seed)("c").permutation(n)[:k]))
 
 
 def test_levels_by_hand():
