@@ -121,7 +121,8 @@ class Growing(FedAvg):
     def finalize(self, state):
         return WIDE.initial("kaiming", Streams(0)), Masks.full(WIDE.layout)
 
-    def network(self, state):
+    def network(self, state, spec):
+        assert spec.layout.fingerprint == state.params.layout.fingerprint
         return WIDE
 
 

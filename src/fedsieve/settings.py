@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedsieve.errors import UsageError
@@ -33,6 +33,10 @@ Density = Annotated[float, Field(gt=0, le=1)]
 """kept over maskable, in (0, 1]"""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Bits = Annotated[
+    Literal[32, 8, 4, 2], BeforeValidator(lambda given: int(given) if isinstance(given, str) and given.isdecimal() else given)
+]
+"""bits of each number that is sent; 32: float32"""
 
 
 @dataclass_transform(frozen_default=True)
@@ -84,7 +88,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
     A key that exists in another section is nearer than any that is merely spelt alike, and more so if it is as deep.
     """
-    words = list(words)
+    words = list(map(str, words))
     last = word.lstrip("-").rpartition(".")[2]
     alike = [each for each in words if each.rpartition(".")[2] == last]
     as_deep = [each for each in alike if each.count(".") == word.count(".")]

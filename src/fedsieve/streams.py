@@ -50,8 +50,15 @@ class Stream:
         return np.argsort(self.words(n), kind="stable")
 
     def choice(self, n: int, k: int) -> NDArray[np.int64]:
-        """Draw k of range(n) without replacement, ascending, shape (k,)."""
-        return np.sort(self.permutation(n)[:k])
+        """Draw k of range(n) without replacement, ascending, shape (k,): the first k of a permutation, without sorting all."""
+        words = self.words(n)
+        if not 0 < k < n:
+            return np.arange(n)[:k]
+        last = np.partition(words, k - 1)[k - 1]
+        chosen = np.flatnonzero(words <= last)
+        if len(chosen) > k:  # equal words: the stable order prefers the earlier ones
+            chosen = np.delete(chosen, np.flatnonzero(words[chosen] == last)[k - len(chosen) :])
+        return chosen
 
     def word(self) -> int:
         """Draw one word as an int below 2**63, the range of a torch seed."""

@@ -87,9 +87,12 @@ class Personal(Protocol):
         """Return the answer, with the section `counts` as `measured` makes it. What the client keeps stays as it is."""
 
 
-def network(algorithm: Any, state: Any) -> ModelSpec | None:
-    """Return the network that `finalize` returns parameters of: a method may have a step `network(state)`; None: the job's."""
-    found: ModelSpec | None = algorithm.network(state) if hasattr(algorithm, "network") else None
+def network(algorithm: Any, state: Any, spec: ModelSpec) -> ModelSpec | None:
+    """Return the network that `finalize` returns parameters of; None: the job's, `spec`.
+
+    A method may have a step `network(state, spec)`, which makes it of the job's: a state cannot hold a network.
+    """
+    found: ModelSpec | None = algorithm.network(state, spec) if hasattr(algorithm, "network") else None
     return found
 
 
@@ -160,11 +163,15 @@ def evaluate(request: Message, client: Client) -> Message:
     return request.reply(counts=measured(client, params, masks, int(request.number("epochs"))))
 
 
-def measured(client: Client, params: Params, masks: Masks | None, epochs: int) -> Section:
-    """Return how a model does on the client's own test examples, and again after `epochs` epochs of training if > 0."""
-    found = [client.evaluate(params, masks)]
+def measured(client: Client, params: Params, masks: Masks | None, epochs: int, spec: ModelSpec | None = None) -> Section:
+    """Return how a model does on the client's own test examples, and again after `epochs` epochs of training if > 0.
+
+    `spec`: it is another network than that of the federation.
+    """
+    found = [client.evaluate(params, masks, spec)]
     if epochs:
-        found.append(client.evaluate(client.train(params, masks=masks, epochs=epochs, purpose="tune").params, masks))
+        tuned = client.train(params, masks=masks, epochs=epochs, purpose="tune", spec=spec)
+        found.append(client.evaluate(tuned.params, masks, spec))
     return vector([number for each in found for number in (each.correct, each.loss, each.predictions)])
 
 

@@ -55,7 +55,7 @@ def play(
     row |= moved(algorithm, before, round, params, masks) | {"client_overlap": exchange.own.overlap()}
     row |= {"events": [str(event) for event in getattr(state, "events", ())]}
     if round % engine.eval_every == 0 or round == engine.rounds:
-        found = transport.evaluate(params, masks, network(algorithm, state))
+        found = transport.evaluate(params, masks, network(algorithm, state, job.spec))
         row |= {"accuracy": found.accuracy, "loss": found.mean_loss}
         before, after = exchange.evaluate(algorithm, state, params, masks)
         row |= {"client_accuracy": _percentiles(before), "tuned_accuracy": _percentiles(after)}

@@ -427,7 +427,11 @@ class Client:
     @property
     def lr(self) -> float:
         """Learning rate of the round, as the section `local` says."""
-        return rate(self._executor.local, self.stream.round, self.rounds)
+        return self.rate(self.stream.round, self.rounds)
+
+    def rate(self, round: int, rounds: int) -> float:
+        """Learning rate that the section `local` gives to a round, 1 to `rounds`, of a run of so many."""
+        return rate(self._executor.local, round, rounds)
 
     def gradient_weight(self, steps: int, *, proximal: float = 0.0) -> float:
         """Total weight of the gradients in so many steps of training from zero velocity: their number, if there is no momentum.
