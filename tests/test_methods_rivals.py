@@ -86,7 +86,7 @@ class Still:
     def evaluate_training(self, params, masks=None):
         return Metrics(round(self.accuracy * 100), 0.0, 100)
 
-    def evaluate(self, params, masks=None):
+    def evaluate(self, params, masks=None, spec=None):
         self.began = params.under(masks) if masks else params
         return Metrics(int(self.began.maskable.ne(0).sum()), 0.0, 100)
 

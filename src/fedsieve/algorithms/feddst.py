@@ -107,22 +107,21 @@ class FedDST:
         sections["weights"] = values(trained.params, own)
         return request.reply(**sections, examples=number(trained.examples), loss=number(trained.loss)), known
 
-    def read(self, state: State, reply: Message) -> tuple[Params, Masks, float]:
-        """Decode a client's weights and masks, which keep as many weights of each tensor as the server's."""
-        masks = state.versions.masks
+    def read(self, state: State, reply: Message) -> tuple[Params, Masks | None, float]:
+        """Decode a client's weights and, if it moved them, its masks, which keep as many of each tensor as the server's."""
+        masks, own = state.versions.masks, None
         if self._swaps(state):
             own = Masks(masks.layout, masks.kept ^ reply.mask("moved").kept)
             if own.counts() != masks.counts():
                 raise WireError(Reason.COUNT, 0, f"masks of {own.counts()} weights, not {masks.counts()}")
-            masks = own
-        return reply.values("weights", masks), masks, weight(reply, self.weighting)
+        return reply.values("weights", own or masks), own, weight(reply, self.weighting)
 
-    def aggregate(self, state: State, replies: Iterable[tuple[int, tuple[Params, Masks, float]]]) -> State:
+    def aggregate(self, state: State, replies: Iterable[tuple[int, tuple[Params, Masks | None, float]]]) -> State:
         """Average each weight over those that keep it; of those that anybody keeps, keep the largest."""
         masks, round = state.versions.masks, state.round + 1
         mean, answered = HeldMean(masks.layout), []
         for client, (params, own, share) in replies:
-            mean.add(params, own, share)
+            mean.add(params, own or masks, share)
             answered.append(client)
         memory = training_memory(masks, momentum=state.momentum, top=self._swaps(state))
         if not answered:

@@ -131,23 +131,23 @@ class Snip:
         )
         return reply, known
 
-    def read(self, state: State, reply: Message) -> tuple[Params, Masks, float]:
+    def read(self, state: State, reply: Message) -> tuple[Params, Masks | None, float]:
         """Decode a mask, or a client's weights and its weight in the mean."""
         if state.versions is not None:
-            masks = state.versions.masks
-            return reply.values("weights", masks), masks, weight(reply, self.weighting)
+            return reply.values("weights", state.versions.masks), None, weight(reply, self.weighting)
         masks, wanted = reply.mask("mask"), self._count(state.params.layout)
         if masks.count != wanted:
             raise WireError(Reason.COUNT, 0, f"the mask keeps {masks.count} weights, not {wanted}")
         return state.params, masks, 1.0
 
-    def aggregate(self, state: State, replies: Iterable[tuple[int, tuple[Params, Masks, float]]]) -> State:
+    def aggregate(self, state: State, replies: Iterable[tuple[int, tuple[Params, Masks | None, float]]]) -> State:
         """Adopt the mask, which does not end the round; or average the weights."""
         layout, round = state.params.layout, state.round + 1
         if state.versions is None:
             votes = torch.zeros(layout.maskable, dtype=torch.int32)
             for _, (_, masks, _) in replies:
-                votes += masks.kept
+                if masks is not None:
+                    votes += masks.kept
             if not votes.any():
                 return replace(state, round=round)
             chosen = self._choose(layout, lambda _: votes, state.streams.at(round=round)("ties"))
