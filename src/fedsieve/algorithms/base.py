@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
@@ -158,11 +158,22 @@ def evaluate(request: Message, client: Client) -> Message:
     return request.reply(counts=measured(client, params, masks, int(request.number("epochs"))))
 
 
-def measured(client: Client, params: Params, masks: Masks | None, epochs: int) -> Section:
-    """Return how a model does on the client's own test examples, and again after `epochs` epochs of training if > 0."""
+def measured(
+    client: Client, params: Params, masks: Masks | None, epochs: int, train: Callable[[int], Params] | None = None
+) -> Section:
+    """Return how a model does on the client's own test examples, and again after `epochs` epochs of training if > 0.
+
+    Args:
+        client: whose examples.
+        params: the model.
+        masks: where it is zero.
+        epochs: of training.
+        train: returns the model after so many epochs; default: by SGD under the masks.
+    """
     found = [client.evaluate(params, masks)]
     if epochs:
-        found.append(client.evaluate(client.train(params, masks=masks, epochs=epochs, purpose="tune").params, masks))
+        tuned = train(epochs) if train else client.train(params, masks=masks, epochs=epochs, purpose="tune").params
+        found.append(client.evaluate(tuned, masks))
     return vector([number for each in found for number in (each.correct, each.loss, each.predictions)])
 
 
