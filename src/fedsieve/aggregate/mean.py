@@ -107,3 +107,28 @@ class Votes:
     def at_least(self, votes: int) -> Masks:
         """Keep what has so many votes or more, and at least one."""
         return Masks(self._layout, self._votes >= max(1, votes))
+
+
+class SignVotes:
+    """Running weighted mean of votes of +1 or -1."""
+
+    BELOW = 0.5 - 2**-25
+    """largest share of +1 that makes -1, in float32"""
+
+    def __init__(self, n: int) -> None:
+        self._sum = torch.zeros(n, dtype=torch.float64)
+        self.weight = 0.0
+
+    def add(self, signs: Tensor, weight: float) -> None:
+        """Add one client's signs, +1 and -1 of shape (n,), with a weight > 0."""
+        self._sum.add_(signs.double(), alpha=weight)
+        self.weight += weight
+
+    def value(self, before: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what most voted, True for +1, and the share of +1, float32, which never says otherwise; one vote at least.
+
+        Where votes are equal the sign is as `before`, bool of shape (n,), and the share is 1/2 or the number below.
+        """
+        signs = torch.where(self._sum == 0, before, self._sum > 0)
+        share = ((self._sum / self.weight + 1) / 2).float()
+        return signs, torch.where(signs, share.clamp(min=0.5), share.clamp(max=self.BELOW))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from importlib import import_module
 from pkgutil import iter_modules
@@ -163,15 +163,29 @@ def evaluate(request: Message, client: Client) -> Message:
     return request.reply(counts=measured(client, params, masks, int(request.number("epochs"))))
 
 
-def measured(client: Client, params: Params, masks: Masks | None, epochs: int, spec: ModelSpec | None = None) -> Section:
+def measured(
+    client: Client,
+    params: Params,
+    masks: Masks | None,
+    epochs: int,
+    spec: ModelSpec | None = None,
+    train: Callable[[int], Params] | None = None,
+) -> Section:
     """Return how a model does on the client's own test examples, and again after `epochs` epochs of training if > 0.
 
-    `spec`: it is another network than that of the federation.
+    Args:
+        client: whose examples.
+        params: the model.
+        masks: where it is zero.
+        epochs: of training.
+        spec: its network; default: that of the federation.
+        train: returns the model after so many epochs; default: by SGD under the masks.
     """
     found = [client.evaluate(params, masks, spec)]
     if epochs:
-        tuned = client.train(params, masks=masks, epochs=epochs, purpose="tune", spec=spec)
-        found.append(client.evaluate(tuned.params, masks, spec))
+        usual = train or (lambda n: client.train(params, masks=masks, epochs=n, spec=spec, purpose="tune").params)
+        tuned = usual(epochs)
+        found.append(client.evaluate(tuned, masks, spec))
     return vector([number for each in found for number in (each.correct, each.loss, each.predictions)])
 
 

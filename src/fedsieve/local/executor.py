@@ -464,7 +464,8 @@ class Client:
             momentum: velocity to start from, shape (layout.trainable,); default: zero.
             proximal: weight of (1/2)||w - params||^2 added to the loss.
             drift: vector added to every gradient, shape (layout.trainable,).
-            moves: which parameters are trained, bool of shape (layout.trainable,); the others stay as they are.
+            moves: which parameters are trained, the others stay as they are; or factors of their learning rates. Shape
+                (layout.trainable,).
             reparam: makes the weights that the network computes with of those that are trained; `params` are the latter.
             lr: learning rate; default: the setting's for this round.
             spec: another network, of which `params` are; default: that of the federation.

@@ -68,7 +68,8 @@ class Sgd:
         support: shape (maskable,), 0.0 or 1.0, and its views, one a maskable tensor; None without a mask.
         proximal: weight of (1/2)||w - anchor||^2 (FedProx: Li et al. 2020, arXiv 1812.06127, equation 2).
         drift: added to each gradient, shape (trainable,); None: nothing.
-        moves: 1.0 where a weight is trained, 0.0 where it stays as it is, shape (trainable,); None: all are trained.
+        moves: factors of the learning rate, 1.0 where a weight is trained, 0.0 where it stays as it is, shape (trainable,);
+            None: all are trained.
         reparam: the map, the vector that the network computes with, shape (trainable,), and how many of its first elements the
             map is for; None: the network computes with the weights themselves.
     """

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from fedsieve.params import Params
 from fedsieve.streams import Stream
 
 
@@ -32,3 +34,8 @@ class Reparam(Protocol):
 
     def settle(self, latent: Tensor) -> None:
         """Bring what is learned back into its range after a step, in place."""
+
+
+def seen(learned: Params, reparam: Reparam) -> Params:
+    """Return what the network computes with, given what was learned."""
+    return Params(learned.layout, torch.cat([reparam.effective(learned.maskable), learned.dense]))

@@ -21,11 +21,14 @@ class BernoulliMask:
 
     weights: Tensor
     """frozen, shape (maskable,)"""
+    penalty: float = 0.0
+    """times the sum of the probabilities is added to the loss, so that masks become sparser"""
     coins: torch.Generator | None = None
 
     def bound(self, bring: Callable[[Tensor], Tensor], stream: Stream) -> BernoulliMask:
         """See `Reparam`."""
-        return replace(self, weights=bring(self.weights), coins=torch.Generator().manual_seed(stream.word()))
+        weights = bring(self.weights)
+        return replace(self, weights=weights, coins=torch.Generator(weights.device).manual_seed(stream.word()))
 
     def effective(self, latent: Tensor) -> Tensor:
         """See `Reparam`; only where `bound` was called."""
@@ -34,7 +37,10 @@ class BernoulliMask:
     def backward(self, latent: Tensor, gradient: Tensor) -> None:
         """See `Reparam`."""
         p = latent.sigmoid()
-        gradient.mul_(self.weights).mul_(p.square() * (1 - p))  # p of the estimator, p (1 - p) of the sigmoid
+        gradient.mul_(self.weights).mul_(p)
+        if self.penalty:
+            gradient.add_(self.penalty)
+        gradient.mul_(p * (1 - p))
 
     def settle(self, latent: Tensor) -> None:
         """See `Reparam`."""

@@ -29,17 +29,22 @@ class SignMask:
     """what is learned stays within [-limit, limit]; 0: no bound"""
     scale: Tensor | None = None
     """factors of the gradients, shape (maskable,)"""
+    plain: Tensor | None = None
+    """True where what is learned is the weight itself, bool of shape (maskable,)"""
 
     def bound(self, bring: Callable[[Tensor], Tensor], stream: Stream) -> SignMask:
         """See `Reparam`."""
-        return replace(self, weights=bring(self.weights), scale=None if self.scale is None else bring(self.scale))
+        scale, plain = (None if vector is None else bring(vector.float()) for vector in (self.scale, self.plain))
+        return replace(self, weights=bring(self.weights), scale=scale, plain=None if plain is None else plain > 0)
 
     def effective(self, latent: Tensor) -> Tensor:
         """See `Reparam`."""
-        return torch.where(latent >= 0, self.weights, -self.weights)
+        signed = torch.where(latent >= 0, self.weights, -self.weights)
+        return signed if self.plain is None else torch.where(self.plain, latent, signed)
 
     def backward(self, latent: Tensor, gradient: Tensor) -> None:
         """See `Reparam`."""
+        own = None if self.plain is None else gradient[self.plain]
         gradient.mul_(self.weights)
         if self.scale is not None:
             gradient.mul_(self.scale)
@@ -47,8 +52,14 @@ class SignMask:
             gradient.mul_(1 - latent.tanh().square_())
         elif self.estimator == "clipped" and self.limit:
             gradient.mul_(latent.abs() <= self.limit)
+        if own is not None:
+            gradient[self.plain] = own
 
     def settle(self, latent: Tensor) -> None:
         """See `Reparam`."""
-        if self.limit:
-            latent.clamp_(-self.limit, self.limit)
+        if not self.limit:
+            return
+        own = None if self.plain is None else latent[self.plain]
+        latent.clamp_(-self.limit, self.limit)
+        if own is not None:
+            latent[self.plain] = own

@@ -88,6 +88,17 @@ def narrowed(
     return masks, tuple(sorted(helped))
 
 
+def narrowed_by_slot(
+    score: Callable[[Masks], Tensor], keep: Mapping[str, int], *, within: Masks, steps: int, ties: Stream
+) -> Masks:
+    """Prune each slot separately to `keep[name]` weights, in steps of equal factors with scores anew, as `narrowed` does."""
+    masks, counts = within, {name: int(within[name].sum()) for name in keep}
+    for step in range(1, steps + 1):
+        left = {n: max(keep[n], round(counts[n] * (keep[n] / max(1, counts[n])) ** (step / steps))) for n in keep}
+        masks = select_by_slot(score(masks), keep if step == steps else left, within=masks, ties=ties)
+    return masks
+
+
 def select_n_of_m(scores: Tensor, n: int, m: int, *, layout: Layout, ties: Stream) -> Masks:
     """Keep the n highest of every m scores that follow one another in the inputs of an output unit.
 

@@ -1,0 +1,159 @@
+"""FedPM: learn the probabilities of a random mask over frozen weights (Isik et al. 2023, arXiv 2209.15328).
+
+With P the maskable weights, p their probabilities and H the binary entropy in bits:
+
+    down  the seed of the weights, 64 bits; the probabilities, 32 P bits, or q P with bits = q; none before the first merge
+    up    one mask that the client drew                     at most P bits, sum H(p) at best; examples and loss
+
+A client learns scores, of which sigmoid makes probabilities; a mask is drawn anew in each step. The server counts the masks of
+a round: with the prior Beta(1, 1) the mode of the posterior is their mean.
+
+Deviates: clients learn by SGD; the published code has Adam, whose moments each client keeps. Biases are zero; the published
+code masks them too. The published code tests by a mask drawn for each batch; here one is drawn a round (mask = sample), or what
+is likelier than not is kept (threshold). `density` and `penalty` are ours, to compare methods at the same density.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import e
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedsieve.algorithms.base import Job, weight
+from fedsieve.local.executor import Client
+from fedsieve.models.frozen import Magnitudes, check, frozen
+from fedsieve.params import Layout, Masks, Params
+from fedsieve.reparam.bernoulli import BernoulliMask
+from fedsieve.settings import Count, Density, NonNegative, Positive, settings
+from fedsieve.sparsity.select import select
+from fedsieve.streams import Stream, Streams
+from fedsieve.wire.message import Message
+from fedsieve.wire.sections import mask, number, seed
+from fedsieve.wire.shares import read_shares, shares
+
+LEAST, MOST = 0.01, 0.99
+"""bounds of a probability whose score is taken"""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The probabilities after `round` rounds, and the votes that they come from."""
+
+    params: Params
+    """frozen weights"""
+    probabilities: Tensor
+    """float32 of shape (layout.maskable,)"""
+    ones: Tensor
+    """weight of the votes to keep since the prior was last reset, float64 of shape (layout.maskable,)"""
+    votes: float
+    """weight of all votes since then"""
+    merges: int
+    seed: int
+    streams: Streams
+    round: int
+
+
+@settings
+class FedPM:
+    """Learn with what probability a weight of a random network is kept."""
+
+    own_start: ClassVar[bool] = True
+    density: Density | None = None
+    """density of the final mask, in (0, 1]: the most probable weights are kept; None: as `mask` says"""
+    mask: Literal["threshold", "sample"] = "threshold"
+    """final mask without a density: what is likelier kept than not, or one drawn by the probabilities"""
+    magnitudes: Magnitudes = "constant"
+    """size of the weights: the same in each tensor (constant), or as drawn (kaiming)"""
+    gain: Positive = e
+    """constant magnitudes are gain / sqrt(fan_in), > 0 (the published code has e)"""
+    start: Literal["density", "half", "uniform"] = "density"
+    """first probabilities: `density` (1/2 without one), 1/2, or drawn from [0, 1)"""
+    lr: Positive = 100.0
+    """learning rate of the scores in all rounds, > 0: their gradients are small"""
+    penalty: NonNegative = 0.0
+    """times the sum of the probabilities is added to the loss, >= 0"""
+    bits: Annotated[int, Field(ge=0, le=16)] = 0
+    """bits down for each probability, in [0, 16] (0: floats)"""
+    estimate: Literal["mode", "mean"] = "mode"
+    """probability from the posterior Beta(1 + ones, 1 + zeros): ones / votes (mode), (1 + ones) / (2 + votes) (mean)"""
+    reset: Count = 1
+    """rounds with votes after which the prior is Beta(1, 1) again, >= 1"""
+    weighting: Literal["examples", "uniform"] = "uniform"
+    """weight of a client's mask: its number of training examples, or the same for all"""
+
+    def init(self, job: Job) -> State:
+        """Draw the network."""
+        check(job.spec)
+        word, layout = job.streams("fedpm").word(), job.layout
+        none = torch.zeros(layout.maskable, dtype=torch.float64)
+        params, first = frozen(job.spec, word, self.magnitudes, self.gain), self._first(layout, word)
+        return State(params, first, none, 0.0, 0, word, job.streams, round=0)
+
+    def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:
+        """Send the seed and the probabilities to all."""
+        sections = {"seed": seed(state.seed)}
+        if state.merges:
+            sections["shares"] = shares(state.probabilities, self.bits)
+        return dict.fromkeys(cohort, Message("train", state.round + 1, state.params.layout, sections))
+
+    def client_update(self, request: Message, client: Client, mine: None) -> tuple[Message, None]:
+        """Learn scores from the probabilities on, and send a mask drawn by them."""
+        word, layout = request.seed("seed"), client.layout
+        known = "shares" in request.sections
+        before = read_shares(request, "shares", self.bits, layout.maskable) if known else self._first(layout, word)
+        weights = frozen(client.spec, word, self.magnitudes, self.gain)
+        start = Params(layout, torch.cat([before.clamp(LEAST, MOST).logit(), weights.dense]))
+        trained = client.train(
+            start,
+            reparam=BernoulliMask(weights.maskable, self.penalty),
+            moves=torch.arange(layout.trainable) < layout.maskable,
+            lr=self.lr,
+        )
+        drawn = _drawn(layout, trained.params.maskable.sigmoid(), client.stream("mask"))
+        return request.reply(mask=mask(drawn), examples=number(trained.examples), loss=number(trained.loss)), None
+
+    def read(self, state: State, reply: Message) -> tuple[Masks, float]:
+        """Decode a mask and its weight."""
+        return reply.mask("mask"), weight(reply, self.weighting)
+
+    def aggregate(self, state: State, replies: Iterable[tuple[int, tuple[Masks, float]]]) -> State:
+        """Take the probabilities from the posterior."""
+        fresh = state.merges % self.reset == 0
+        ones, votes, before = state.ones * (not fresh), state.votes * (not fresh), 0.0 if fresh else state.votes
+        for _, (voted, share) in replies:
+            ones.add_(voted.kept, alpha=share)
+            votes += share
+        if votes == before:
+            return replace(state, round=state.round + 1)
+        found = ones / votes if self.estimate == "mode" else (1 + ones) / (2 + votes)
+        return replace(
+            state, probabilities=found.float(), ones=ones, votes=votes, merges=state.merges + 1, round=state.round + 1
+        )
+
+    def finalize(self, state: State) -> tuple[Params, Masks]:
+        """Return the weights under one mask."""
+        layout, stream = state.params.layout, state.streams.at(round=state.merges)("mask")
+        if self.density is not None:
+            keep = round(self.density * layout.maskable)
+            masks = select(state.probabilities, keep, within=Masks.full(layout), ties=stream)
+        elif self.mask == "sample":
+            masks = _drawn(layout, state.probabilities, stream)
+        else:
+            masks = Masks(layout, state.probabilities >= 0.5)
+        return state.params.under(masks), masks
+
+    def _first(self, layout: Layout, word: int) -> Tensor:
+        """Return the probabilities before anything is learned."""
+        if self.start == "uniform":
+            return torch.from_numpy(Streams(word)("probabilities").uniform(layout.maskable)).float()
+        return torch.full((layout.maskable,), self.density if self.start == "density" and self.density else 0.5)
+
+
+def _drawn(layout: Layout, probabilities: Tensor, stream: Stream) -> Masks:
+    """Draw a mask."""
+    return Masks(layout, torch.from_numpy(stream.uniform(layout.maskable)) < probabilities)
