@@ -7,7 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedsieve.algorithms.fedavg import FedAvg
+    from fedsieve.algorithms.feddst import FedDST
+    from fedsieve.algorithms.fedmask import FedMask
+    from fedsieve.algorithms.fednova import FedNova
+    from fedsieve.algorithms.fedpm import FedPM
+    from fedsieve.algorithms.fedprox import FedProx
     from fedsieve.algorithms.fedsparsify import FedSparsify
+    from fedsieve.algorithms.fedtiny import FedTiny
+    from fedsieve.algorithms.hidenseek import HideNSeek
+    from fedsieve.algorithms.lotteryfl import LotteryFL
+    from fedsieve.algorithms.oneshot import OneShot
+    from fedsieve.algorithms.progfed import ProgFed
+    from fedsieve.algorithms.prunefl import PruneFL
+    from fedsieve.algorithms.scaffold import Scaffold
+    from fedsieve.algorithms.snip import Snip
+    from fedsieve.algorithms.sparsyfed import SparsyFed
+    from fedsieve.algorithms.ssfl import Ssfl
     from fedsieve.data.batches import Federation, federate
     from fedsieve.data.datasets import Dataset, from_arrays, load
     from fedsieve.engine.loop import Result, fit
@@ -25,7 +40,22 @@ __version__ = "0.1.0"
 
 _HOME = {
     "FedAvg": "algorithms.fedavg",
+    "FedDST": "algorithms.feddst",
+    "FedMask": "algorithms.fedmask",
+    "FedNova": "algorithms.fednova",
+    "FedPM": "algorithms.fedpm",
+    "FedProx": "algorithms.fedprox",
     "FedSparsify": "algorithms.fedsparsify",
+    "FedTiny": "algorithms.fedtiny",
+    "HideNSeek": "algorithms.hidenseek",
+    "LotteryFL": "algorithms.lotteryfl",
+    "OneShot": "algorithms.oneshot",
+    "ProgFed": "algorithms.progfed",
+    "PruneFL": "algorithms.prunefl",
+    "Scaffold": "algorithms.scaffold",
+    "Snip": "algorithms.snip",
+    "SparsyFed": "algorithms.sparsyfed",
+    "Ssfl": "algorithms.ssfl",
     "Federation": "data.batches",
     "federate": "data.batches",
     "Dataset": "data.datasets",
@@ -60,10 +90,11 @@ _HOME = {
 }
 
 __all__ = [
-    "Data", "DataError", "Dataset", "Diverged", "Engine", "FedAvg", "FedSparsify", "Federation", "FedsieveError", "Kind",
-    "Layout", "Local", "Masks", "Message", "Model", "ModelSpec", "Params", "Result", "Slot", "SparseModel", "Stream",
-    "Streams", "UsageError", "WireError", "build", "federate", "fit", "from_arrays", "load", "load_sparse", "pack", "unpack",
-    "warm_up",
+    "Data", "DataError", "Dataset", "Diverged", "Engine", "FedAvg", "FedDST", "FedMask", "FedNova", "FedPM", "FedProx",
+    "FedSparsify", "FedTiny", "Federation", "FedsieveError", "HideNSeek", "Kind", "Layout", "Local", "LotteryFL", "Masks",
+    "Message", "Model", "ModelSpec", "OneShot", "Params", "ProgFed", "PruneFL", "Result", "Scaffold", "Slot", "Snip",
+    "SparseModel", "SparsyFed", "Ssfl", "Stream", "Streams", "UsageError", "WireError", "build", "federate", "fit",
+    "from_arrays", "load", "load_sparse", "pack", "unpack", "warm_up",
 ]  # fmt: skip
 
 
