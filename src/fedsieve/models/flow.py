@@ -114,7 +114,8 @@ def pruned(
     if scope == "global":
         masks, _ = narrowed(score, left, within=body, steps=steps, ties=ties, floor=floor)
     else:
-        masks = narrowed_by_slot(score, allocate(others, left, floor=floor), within=body, steps=steps, ties=ties)
+        counts = {slot.name: 0 for slot in layout.masked_slots} | allocate(others, left, floor=floor)
+        masks = narrowed_by_slot(score, counts, within=body, steps=steps, ties=ties)
     return Masks(layout, masks.kept | ~body.kept)
 
 
