@@ -221,3 +221,15 @@ def test_a_hundred_thousand_clients_run_and_go_on(crowd, tmp_path):
     assert (tmp_path / "run" / "partition.json").stat().st_size < 5e6
     assert (tmp_path / "run" / "checkpoint" / "latest.safetensors").stat().st_size < 4 * 100_000 + 100_000
     assert all(row["client_accuracy"]["mean"] > 0 for row in resumed.rows)
+
+
+def test_a_signal_between_two_transactions_loses_nothing(tmp_path):
+    states = ClientStates(tmp_path / "clients.sqlite")
+    states.round = 1
+    states.put(3, b"one")
+    states._connection.execute("COMMIT")  # where the signal comes
+    states.put(4, b"two")
+    assert states.commit(1) == (2, 2)
+    assert states.commit(1) == (2, 2)
+    assert (states.get(3), states.get(4)) == (b"one", b"two")
+    states.close()

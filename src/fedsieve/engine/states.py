@@ -87,7 +87,8 @@ class ClientStates:
         standing = self._standing(round)
         with self._told():
             self._connection.execute("DELETE FROM states WHERE round > ?", (round,))
-            self._connection.execute("COMMIT")
+            if self._connection.in_transaction:  # not if a signal came between the next two lines the last time
+                self._connection.execute("COMMIT")
             self._connection.execute("BEGIN")
         return standing
 
@@ -136,9 +137,10 @@ class ClientStates:
             if self._path is not None:
                 self._path.parent.mkdir(exist_ok=True)
             with self._told():
-                self._connection = sqlite3.connect(self._path or "", isolation_level=None)
-                self._connection.executescript(SCHEMA)
-                self._connection.execute("BEGIN")
+                connection = sqlite3.connect(self._path or "", isolation_level=None)
+                connection.executescript(SCHEMA)
+                connection.execute("BEGIN")
+                self._connection = connection
         return self._connection
 
     def _standing(self, round: int) -> tuple[int, int]:
