@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import same
-from fedsieve import Engine, FedAvg, FedSparsify, Local, Masks, Model, Params, Streams, build, cli, fit
+from fedsieve import Engine, FedAvg, FedSparsify, HideNSeek, Local, Masks, Model, Params, Snip, Ssfl, Streams, build, cli, fit
 from fedsieve.algorithms.base import Job
 from fedsieve.algorithms.fedavg import State as Dense
 from fedsieve.engine.masking import Own, moved
@@ -53,8 +53,9 @@ def test_movements_are_those_worked_by_hand():
     before = told(layout, [1.0, -1.0, 2.0, 0.0, 0.0], [True, True, True, False, False])
     after = told(layout, [-1.0, -1.0, 0.0, -3.0, 0.0], [True, True, False, True, False])
     row = moved(Telling(), before, 2, after.params, after.masks)
-    assert row == {"mask_overlap": 2 / 4, "sign_flips": 1 / 2}  # the weight that came back had no sign before
-    nothing = {"mask_overlap": None, "sign_flips": None}
+    # the weight that came back had no sign before
+    assert row == {"mask_overlap": 2 / 4, "sign_flips": 1 / 2, "events": []}
+    nothing = {"mask_overlap": None, "sign_flips": None, "events": []}
     assert moved(Telling(), before, 1, after.params, after.masks) == nothing
     assert moved(Telling(), before, 2, after.params, Masks.full(layout)) == nothing
     other = Layout.of([Slot("w", (6,), Kind.WEIGHT, True, 0)])
@@ -317,3 +318,33 @@ def test_the_model_of_the_round_before_costs_nothing_while_nothing_is_pruned(sma
     job = Job(small, small.initial("glorot", Streams(0)), 3, 6, Streams(0))
     state = Costly().init(job)
     assert moved(Costly(), state, 2, job.start, Masks.full(small.layout))["mask_overlap"] is None
+
+
+def test_a_layer_that_is_cut_off_is_an_event_once():
+    layout = Layout.of([Slot("v", (2,), Kind.WEIGHT, True, 0), Slot("w", (3,), Kind.WEIGHT, True, 1)])
+    whole = told(layout, [1.0] * 5, [True] * 5)
+    cut = told(layout, [0.0, 0.0, 1.0, 1.0, 1.0], [False, False, True, True, True])
+    said = ["v keeps none of its 2 weights"]
+    assert moved(Telling(), whole, 1, cut.params, cut.masks)["events"] == said
+    assert moved(Telling(), whole, 2, cut.params, cut.masks)["events"] == said
+    assert moved(Telling(), cut, 3, cut.params, cut.masks)["events"] == []
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        Snip(density=0.01, score="magnitude", floor=25),
+        Ssfl(density=0.01, floor=25),
+        HideNSeek(density=0.01, iterations=1, floor=25),
+    ],
+    ids=["snip", "ssfl", "hidenseek"],
+)
+def test_what_a_guard_held_is_an_event_of_the_round_in_which_the_mask_was_chosen(algorithm, digits):
+    spec = build(Model(name="mlp", hidden=(64, 64)), digits.shape, digits.classes)
+    start = spec.initial("kaiming", Streams(0))
+    start["fc1.weight"].mul_(0.1)  # small weights go first
+    result = fit(algorithm, model=spec, data=digits, local=LOCAL, engine=Engine(rounds=3, cohort=4), start=start)
+    assert result.rows[0]["events"]
+    assert all("as few as the guard allows" in event for event in result.rows[0]["events"])
+    assert all(result.masks[slot.name].sum() >= 25 for slot in spec.layout.masked_slots)
+    assert [row["events"] for row in result.rows[1:]] == [[], []]

@@ -41,6 +41,7 @@ from fedsieve.params import Masks, Params
 from fedsieve.reparam.base import seen
 from fedsieve.reparam.sign import Estimator, SignMask
 from fedsieve.settings import Count, CountOrZero, Density, NonNegative, Positive, Threshold, settings
+from fedsieve.sparsity.select import at_floor
 from fedsieve.streams import Streams
 from fedsieve.wire.message import Message, Section
 from fedsieve.wire.sections import number, signs
@@ -63,6 +64,8 @@ class State:
     """clients' share for +1, never on the other side of 1/2 than the sign, float32 of shape (weights with a sign,)"""
     merges: int
     round: int
+    events: tuple[str, ...]
+    """tensors that the guard may have kept from being cut off, in round 1"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,7 @@ class HideNSeek:
         masks, weights = self._pruned(job.spec, word), self._weights(job.spec, word)
         drawn, at = scores(job.layout, word, bounds(job.layout), positive=self.start == "keep"), self._parts(masks).signed.kept
         network = Drawn.start(word, weights, masks, job.clients, self.sent)
-        return State(network, weights.under(masks), drawn[at] >= 0, (drawn[at] >= 0).float(), merges=0, round=0)
+        return State(network, weights.under(masks), drawn[at] >= 0, (drawn[at] >= 0).float(), 0, 0, at_floor(masks, self.floor))
 
     def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:
         """Send the merged signs, and to each client what it lacks."""
@@ -163,7 +166,8 @@ class HideNSeek:
             if chosen is not None:
                 votes.add(chosen, share)
                 sums.add_(numbers, alpha=share)
-        state = replace(state, network=state.network.answered(lacks), round=state.round + 1)
+        events = () if state.round else state.events
+        state = replace(state, network=state.network.answered(lacks), round=state.round + 1, events=events)
         if not votes.weight:
             return state
         merged, mean = votes.value(state.signs)

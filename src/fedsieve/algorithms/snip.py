@@ -42,7 +42,7 @@ from fedsieve.params import Layout, Masks, Params
 from fedsieve.settings import Count, CountOrZero, Density, Positive, settings
 from fedsieve.sparsity.allocate import allocate
 from fedsieve.sparsity.scores import flow, magnitude, random, sensitivity
-from fedsieve.sparsity.select import narrowed, select_by_slot
+from fedsieve.sparsity.select import at_floor, narrowed, select_by_slot
 from fedsieve.streams import Stream, Streams
 from fedsieve.wire.message import Message, Reason, WireError
 from fedsieve.wire.sections import dense, mask, number, values
@@ -59,6 +59,8 @@ class State:
     round: int
     clients: int
     streams: Streams
+    events: tuple[str, ...] = ()
+    """tensors that the guard may have kept from being cut off, in the round in which the mask was chosen"""
 
 
 @settings
@@ -107,7 +109,8 @@ class Snip:
             once = magnitude(job.start) if self.score == "magnitude" else random(job.layout, job.streams("scores"))
             scores = lambda _: once  # noqa: E731
         masks = self._choose(job.layout, scores, job.streams("ties"))
-        return State(job.start.under(masks), Versions.start(masks, job.clients), 0, job.clients, job.streams)
+        versions = Versions.start(masks, job.clients)
+        return State(job.start.under(masks), versions, 0, job.clients, job.streams, at_floor(masks, self.floor))
 
     def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:
         """Ask a few for a mask, or send the kept weights to all, and the mask to those who lack it."""
@@ -151,13 +154,15 @@ class Snip:
             if not votes.any():
                 return replace(state, round=round)
             chosen = self._choose(layout, lambda _: votes, state.streams.at(round=round)("ties"))
-            return replace(state, params=state.params.under(chosen), versions=Versions.start(chosen, state.clients))
+            versions, events = Versions.start(chosen, state.clients), at_floor(chosen, self.floor)
+            return replace(state, params=state.params.under(chosen), versions=versions, events=events)
         mean, answered = WeightedMean(layout), []
         for client, (params, _, share) in replies:
             mean.add(params, share)
             answered.append(client)
         params = mean.value() if mean.weight else state.params
-        return replace(state, params=params, versions=state.versions.answered(answered), round=round)
+        events = () if state.versions.held.any() else state.events  # somebody trained under the mask before
+        return replace(state, params=params, versions=state.versions.answered(answered), round=round, events=events)
 
     def finalize(self, state: State) -> tuple[Params, Masks]:
         """Return the global model and its mask."""

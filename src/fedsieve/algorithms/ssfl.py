@@ -30,7 +30,7 @@ from fedsieve.local.executor import Client
 from fedsieve.params import Masks, Params
 from fedsieve.settings import CountOrZero, Density, settings
 from fedsieve.sparsity.scores import sensitivity
-from fedsieve.sparsity.select import guarded
+from fedsieve.sparsity.select import at_floor, guarded
 from fedsieve.streams import Streams
 from fedsieve.wire.message import Message, Reason, WireError
 from fedsieve.wire.sections import dense, number, values
@@ -47,6 +47,8 @@ class State:
     round: int
     clients: int
     streams: Streams
+    events: tuple[str, ...] = ()
+    """tensors that the guard may have kept from being cut off, in the round in which the mask was chosen"""
 
 
 @settings
@@ -126,8 +128,10 @@ class Ssfl:
             return replace(state, round=round_)
         if state.versions is None:
             masks = self._choose(mean.value(), state.streams.at(round=round_))
-            return replace(state, params=state.params.under(masks), versions=Versions.start(masks, state.clients))
-        return replace(state, params=mean.value(), versions=state.versions.answered(answered), round=round_)
+            versions, events = Versions.start(masks, state.clients), at_floor(masks, self.floor)
+            return replace(state, params=state.params.under(masks), versions=versions, events=events)
+        events = () if state.versions.held.any() else state.events  # somebody trained under the mask before
+        return replace(state, params=mean.value(), versions=state.versions.answered(answered), round=round_, events=events)
 
     def finalize(self, state: State) -> tuple[Params, Masks]:
         """Return the global model and its mask."""

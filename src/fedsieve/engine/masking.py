@@ -9,10 +9,10 @@ from fedsieve.params import Layout, Masks, Params
 from fedsieve.sparsity.measure import Agreement, overlap, sign_flips
 
 
-def moved(
-    algorithm: Algorithm[Any, Any, Any], before: Any, round: int, params: Params, masks: Masks
-) -> dict[str, float | None]:
+def moved(algorithm: Algorithm[Any, Any, Any], before: Any, round: int, params: Params, masks: Masks) -> dict[str, Any]:
     """Return how masks and signs moved in a round; None while nothing is pruned, in round 1, and where the network is another.
+
+    Events are the tensors that keep nothing from this round on: the network is cut off there.
 
     The model of the round before is made of its state anew, so nothing has to be kept for it, in a checkpoint neither.
 
@@ -23,13 +23,16 @@ def moved(
         params: the model after it.
         masks: its masks.
     """
-    row: dict[str, float | None] = {"mask_overlap": None, "sign_flips": None}
-    if round == 1 or masks.count == masks.layout.maskable:
+    row: dict[str, Any] = {"mask_overlap": None, "sign_flips": None, "events": []}
+    if masks.count == masks.layout.maskable:
         return row
-    earlier, kept = algorithm.finalize(before)
-    if earlier.layout.fingerprint != params.layout.fingerprint:
-        return row
-    return {"mask_overlap": overlap(kept, masks), "sign_flips": sign_flips(earlier, params, kept & masks)}
+    empty = [name for name, count in masks.counts().items() if not count]
+    if round > 1:
+        earlier, kept = algorithm.finalize(before)
+        if earlier.layout.fingerprint == params.layout.fingerprint:
+            row |= {"mask_overlap": overlap(kept, masks), "sign_flips": sign_flips(earlier, params, kept & masks)}
+            empty = [name for name in empty if kept[name].any()]
+    return row | {"events": [f"{name} keeps none of its {masks.layout.named[name].numel} weights" for name in empty]}
 
 
 class Own:

@@ -53,7 +53,7 @@ def play(
     row |= {"client_memory": getattr(state, "client_memory", None)}
     row |= {"density": masks.density, "densities": masks.densities() if masks.density < 1 else None}
     row |= moved(algorithm, before, round, params, masks) | {"client_overlap": exchange.own.overlap()}
-    row |= {"events": [str(event) for event in getattr(state, "events", ())]}
+    row["events"] += [str(event) for event in getattr(state, "events", ())]
     if round % engine.eval_every == 0 or round == engine.rounds:
         found = transport.evaluate(params, masks, network(algorithm, state, job.spec))
         row |= {"accuracy": found.accuracy, "loss": found.mean_loss}

@@ -70,6 +70,15 @@ def guarded(scores: Tensor, keep: int, *, within: Masks, ties: Stream, floor: in
     return Masks(layout, base.kept | rest.kept), tuple(sorted(short))
 
 
+def at_floor(masks: Masks, floor: int) -> tuple[str, ...]:
+    """Say of each slot that keeps no more than `floor` of its weights that it does: the guard may have held them."""
+    return tuple(
+        f"{name} keeps {count} of {masks.layout.named[name].numel} weights, as few as the guard allows"
+        for name, count in masks.counts().items()
+        if count <= floor and count < masks.layout.named[name].numel
+    )
+
+
 def narrowed(
     score: Callable[[Masks], Tensor], keep: int, *, within: Masks, steps: int, ties: Stream, floor: int = 0
 ) -> tuple[Masks, tuple[str, ...]]:
