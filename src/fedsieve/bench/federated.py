@@ -247,13 +247,17 @@ def main(words: Sequence[str] = ()) -> int:
     parser.add_argument(
         "--methods", nargs="+", choices=[method.name for method in METHODS], metavar="METHOD", help="only these"
     )
+    known = [scenario.name for scenario in SCENARIOS]
+    parser.add_argument("--scenarios", nargs="+", choices=known, metavar="SCENARIO", help="only these")
     options = parser.parse_args(words)
     end, failed = time.monotonic() + options.limit, 0
     for seed in SEEDS:
         for cell in cells():
             if time.monotonic() > end:
                 return 1
-            if options.methods and cell.method.name not in options.methods:
+            if cell.method.name not in (options.methods or [cell.method.name]):
+                continue
+            if cell.scenario.name not in (options.scenarios or [cell.scenario.name]):
                 continue
             began = time.monotonic()
             try:
