@@ -20,7 +20,6 @@ of at most the mean training loss; here that threshold is the balanced accuracy'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from fedsieve.data.batches import Examples, Federation
 from fedsieve.errors import UsageError
 from fedsieve.finish.roc import LEVEL, Ranked, Reals, described
 from fedsieve.local.executor import EVALUATION_BATCH, Executor
+from fedsieve.models.flow import one_thread
 from fedsieve.models.spec import ModelSpec, cross_entropy
 from fedsieve.params import Layout, Masks, Params
 from fedsieve.settings import Local
@@ -177,7 +177,7 @@ def audit(
     """
     if spec.loss is not cross_entropy:
         raise UsageError("an audit reads the cross-entropy of class scores; this model has a loss of its own.")
-    with _one_thread():
+    with one_thread():
         inside = signals(spec, params, data.train, chosen.members)
         outside = signals(spec, params, data.test, chosen.others)
         scores = {"loss": (-inside.loss, -outside.loss, -float(inside.loss.mean()))}
@@ -221,17 +221,6 @@ def audit(
         **told,
         "attacks": attacks,
     }
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread, so that results do not depend on the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------------------------ what a model shows

@@ -54,7 +54,7 @@ class Flow:
                 else:
                     parameter.zero_()
         owned = {slot.name: self._owned[slot.name] for slot in self._layout.masked_slots if slot.name in self._owned}
-        with _one_thread():
+        with one_thread():
             gradients = torch.autograd.grad(self._module(self._ones).sum(), list(owned.values()), materialize_grads=True)
         scores = torch.zeros(self._layout.maskable, dtype=torch.float64)
         for (name, weight), gradient in zip(owned.items(), gradients, strict=True):
@@ -63,7 +63,8 @@ class Flow:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, so that results do not depend on the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
