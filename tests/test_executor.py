@@ -334,7 +334,7 @@ def test_a_sign_mask_trains_over_kept_weights_as_it_does_densely(digits):
         .train(latent, digits.train, digits.parts[0], streams, masks=masks, reparam=SignMask(weights))
         .params.under(masks)
         .flat
-        for settings in ({}, {"sparse_conv": 0.0, "sparse_linear": 0.0})
+        for settings in ({"sparse_least": 0}, {"sparse_conv": 0.0, "sparse_linear": 0.0})
     ]
     torch.testing.assert_close(*found, rtol=0, atol=1e-4)
 

@@ -642,7 +642,7 @@ def test_masks_over_random_weights_learn_digits(algorithm, bar, all_digits):
 
 
 def test_signs_learn_under_sparse_kernels_and_on_convolutions_too():
-    """A mask that sparse kernels compute (a layer of 2**16 weights), and a network with GroupNorm: steps repeat and end."""
+    """A mask that sparse kernels compute, and a network with GroupNorm: steps repeat and end."""
     settings = Data(name="digits", clients=3, train_limit=120)
     data = federate(load(settings), settings, Streams(0))
     for model in (Model(name="mlp", hidden=(1100,)), Model(name="resnet8", norm="group")):
@@ -653,7 +653,7 @@ def test_signs_learn_under_sparse_kernels_and_on_convolutions_too():
                 algorithm,
                 model=spec,
                 data=data,
-                local=Local(batch=40, sparse_linear=each),
+                local=Local(batch=40, sparse_linear=each, sparse_least=0),
                 engine=Engine(rounds=2, eval_clients=0),
             )
             for each in (0.3, 0.3, 0.0)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from fedsieve import Data, Engine, FedSparsify, federate, fit, load
 from fedsieve.data.batches import Examples
-from fedsieve.local import forms
 from fedsieve.local.executor import Executor
 from fedsieve.local.forms import Kept, sparse_layers
 from fedsieve.local.lines import pieces
@@ -24,11 +23,6 @@ from fedsieve.models.spec import ModelSpec, build
 from fedsieve.params import Masks, Params
 from fedsieve.settings import Local, Model
 from fedsieve.streams import Streams
-
-
-@pytest.fixture(autouse=True)
-def small_models_too(monkeypatch):
-    monkeypatch.setattr(forms, "SMALLEST", 0)
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -187,7 +181,7 @@ def test_training_equals_dense_masked_training(name, momentum):
     masks = Masks(spec.layout, torch.from_numpy(kept_of(np.random.default_rng(2), spec.layout.maskable, 0.15)))
     # Statistics of 1 x 1 images amplify rounding from step to step: one step of vgg11 says as much.
     order = np.arange(8 if name == "vgg11" else 30)
-    local = Local(lr=0.05, batch=12, momentum=momentum, weight_decay=0.01 if momentum else 0.0)
+    local = Local(sparse_least=0, lr=0.05, batch=12, momentum=momentum, weight_decay=0.01 if momentum else 0.0)
     assert len(sparse_layers(spec.module, masks, local)) >= (1 if name == "charlstm" else 3)
     found = []
     for setting in (local, replace(local, sparse_conv=0.0, sparse_linear=0.0, convolution="library")):
@@ -222,7 +216,9 @@ def test_training_without_dead_units_equals_training_with_them(sparse, momentum)
     masks["fc2.weight"][:, 100:] = False
     examples, order, found = examples_for("cnn", (1, 12, 12)), np.arange(30), []
     for compact in (False, True):
-        local = Local(lr=0.05, batch=8, momentum=momentum, sparse_conv=sparse, sparse_linear=sparse, compact=compact)
+        local = Local(
+            sparse_least=0, lr=0.05, batch=8, momentum=momentum, sparse_conv=sparse, sparse_linear=sparse, compact=compact
+        )
         executor = Executor(spec, local, 10)
         trained = executor.train(start, examples, order, Streams(3).at(round=1, client=0), masks=masks)
         again = executor.train(start, examples, order, Streams(3).at(round=1, client=0), masks=masks)
@@ -247,30 +243,33 @@ def test_result_does_not_depend_on_what_was_trained_before():
     def train(executor, masks):
         return executor.train(start, examples, order, Streams(3).at(round=1, client=0), masks=masks).params.flat
 
-    used = Executor(spec, Local(), 10)
+    used = Executor(spec, Local(sparse_least=0), 10)
     for masks in (other, None, one, other):
         train(used, masks)
-    assert torch.equal(train(used, one), train(Executor(spec, Local(), 10), one))
+    assert torch.equal(train(used, one), train(Executor(spec, Local(sparse_least=0), 10), one))
 
 
 def test_layers_are_chosen_by_their_own_density():
     spec = build(Model(name="cnn6", norm="none"), (3, 16, 16), 5)
     masks = Masks.full(spec.layout)
-    assert sparse_layers(spec.module, masks, Local()) == []
+    assert sparse_layers(spec.module, masks, Local(sparse_least=0)) == []
     for name, density in (("stage1.conv2", 0.31), ("stage2.conv1", 0.2), ("fc1", 0.04)):
         masks[f"{name}.weight"].flatten()[int(density * masks[f"{name}.weight"].numel()) :] = False
     light = ["stage1.conv1", "fc2"]  # three inputs, few weights
-    assert sparse_layers(spec.module, masks, Local(sparse_conv=0.3, sparse_linear=0.3)) == ["stage2.conv1", "fc1", *light]
-    assert sparse_layers(spec.module, masks, Local(sparse_conv=0.1, sparse_linear=0.05)) == ["fc1", *light]
-    assert sparse_layers(spec.module, masks, Local(sparse_conv=0.0, sparse_linear=0.05)) == ["fc1", "fc2"]
-    assert sparse_layers(spec.module, masks, Local(sparse_conv=0.0, sparse_linear=0.0)) == []
+    assert sparse_layers(spec.module, masks, Local(sparse_least=0, sparse_conv=0.3, sparse_linear=0.3)) == [
+        "stage2.conv1",
+        "fc1",
+        *light,
+    ]
+    assert sparse_layers(spec.module, masks, Local(sparse_least=0, sparse_conv=0.1, sparse_linear=0.05)) == ["fc1", *light]
+    assert sparse_layers(spec.module, masks, Local(sparse_least=0, sparse_conv=0.0, sparse_linear=0.05)) == ["fc1", "fc2"]
+    assert sparse_layers(spec.module, masks, Local(sparse_least=0, sparse_conv=0.0, sparse_linear=0.0)) == []
 
 
-def test_small_models_are_left_to_dense_kernels(monkeypatch):
+def test_small_models_are_left_to_dense_kernels():
     spec = build(Model(name="mlp", hidden=(8,)), (4,), 2)
     masks = Masks(spec.layout, torch.zeros(spec.layout.maskable, dtype=torch.bool))
-    assert sparse_layers(spec.module, masks, Local()) == ["fc1", "fc2"]
-    monkeypatch.undo()
+    assert sparse_layers(spec.module, masks, Local(sparse_least=0)) == ["fc1", "fc2"]
     assert sparse_layers(spec.module, masks, Local()) == []
 
 
@@ -279,7 +278,7 @@ def test_memory_of_training_is_proportional_to_density():
     held = {}
     for density in (0.1, 0.01):
         masks = Masks(spec.layout, torch.from_numpy(kept_of(np.random.default_rng(2), spec.layout.maskable, density)))
-        bound = Kept(spec, masks, sparse_layers(spec.module, masks, Local())).bound
+        bound = Kept(spec, masks, sparse_layers(spec.module, masks, Local(sparse_least=0))).bound
         held[density] = bound.weights.numel() + bound.gradient.numel()
         others = 2 * (spec.layout.size - spec.layout.maskable)
         assert held[density] == 2 * masks.count + others
@@ -302,7 +301,7 @@ def test_a_shared_layer_and_one_outside_a_sequence_are_computed_too():
     examples, order = Examples(torch.randn(20, 6), torch.randint(0, 3, (20,)), (), ()), np.arange(20)
     found = [
         Executor(spec, setting, 1).train(start, examples, order, Streams(0).at(round=1, client=0), masks=masks).params.flat
-        for setting in (Local(sparse_linear=1.0), Local(sparse_linear=0.0))
+        for setting in (Local(sparse_least=0, sparse_linear=1.0), Local(sparse_least=0, sparse_linear=0.0))
     ]
     assert_close(found[:1], found[1:])
 
@@ -334,7 +333,10 @@ def test_layers_of_a_sequence_may_be_called_one_by_one():
     data = Examples(examples.contiguous(memory_format=torch.channels_last), torch.arange(20) % 3, (), ())
     found = [
         Executor(spec, setting, 1).train(start, data, order, Streams(0).at(round=1, client=0), masks=masks).params.flat
-        for setting in (Local(sparse_conv=1.0, sparse_linear=1.0), Local(sparse_conv=0.0, sparse_linear=0.0))
+        for setting in (
+            Local(sparse_least=0, sparse_conv=1.0, sparse_linear=1.0),
+            Local(sparse_least=0, sparse_conv=0.0, sparse_linear=0.0),
+        )
     ]
     assert_close(found[:1], found[1:])
 
@@ -350,11 +352,10 @@ def test_hooks_in_a_sequence_are_called():
     assert seen == [(2, 32, 6, 6), (2, 64, 6, 6)]
 
 
-def test_a_run_on_sparse_kernels_is_the_same_for_any_number_of_workers(monkeypatch):
-    monkeypatch.undo()
+def test_a_run_on_sparse_kernels_is_the_same_for_any_number_of_workers():
     settings = Data(name="digits", clients=5)
     data = federate(load(settings), settings, Streams(0))
-    spec, local = build(Model(name="mlp", hidden=(256, 256)), data.shape, data.classes), Local(momentum=0.5)
+    spec, local = build(Model(name="mlp", hidden=(256, 256)), data.shape, data.classes), Local(sparse_least=0, momentum=0.5)
     results = [
         fit(
             FedSparsify(density=0.1, ranking="layer"),
@@ -388,7 +389,7 @@ def test_frozen_order_of_params_is_untouched():
     spec = build(Model(name="resnet8", norm="batch"), (3, 16, 16), 4)
     start = spec.initial("glorot", Streams(5))
     masks = Masks(spec.layout, torch.from_numpy(kept_of(np.random.default_rng(1), spec.layout.maskable, 0.2)))
-    form = Kept(spec, masks, sparse_layers(spec.module, masks, Local()))
+    form = Kept(spec, masks, sparse_layers(spec.module, masks, Local(sparse_least=0)))
     assert torch.equal(form.outward(form.inward(start.flat), start.flat), start.under(masks).flat)
     trainable = start.flat[: spec.layout.trainable]
     assert torch.equal(form.outward(form.inward(trainable), trainable), Params(spec.layout, start.under(masks).flat).trainable)

@@ -208,6 +208,8 @@ class Local:
     sparse_linear: Threshold = 0.3
     """largest density at which a masked linear layer is computed over its kept weights only, in [0, 1] (0: never); one of at
     most 8,192 weights follows the other layers. `fedsieve bench kernels` prints where either pays on a machine"""
+    sparse_least: CountOrZero = 262_144
+    """weights, kept or not, that such layers must have together to be computed so, >= 0: small networks are faster dense"""
     compact: bool = False
     """leave dead channels and neurons out of masked networks while they train; they stay as they are, weight decay included"""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"

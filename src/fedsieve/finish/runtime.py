@@ -28,6 +28,10 @@ CONV, LINEAR = 0.7, 0.3
 examples convolutions break even at about 0.6, and those of images with few channels, which keep the most weights, at 1"""
 
 
+LEAST = 2**16
+"""weights that such layers must have together: with fewer the kernels take longer to load than they save"""
+
+
 class SparseModel:
     """A trained network in evaluation mode, whose sparse layers hold and compute their kept weights only.
 
@@ -122,7 +126,7 @@ def load(path: Path | str, *, sparse_conv: float = CONV, sparse_linear: float = 
         DataError: the file is not of this form, or its parts contradict one another.
         UsageError: a threshold is out of range; a model of your own cannot be imported, or has become another.
     """
-    thresholds, path = Local(sparse_conv=sparse_conv, sparse_linear=sparse_linear), Path(path)
+    thresholds, path = Local(sparse_conv=sparse_conv, sparse_linear=sparse_linear, sparse_least=LEAST), Path(path)
     tensors, metadata = read(path, (FORMAT,))
     recipe = Recipe.read(metadata, path)
     module, layout = recipe.module(tensors, path)

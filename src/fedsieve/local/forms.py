@@ -25,8 +25,6 @@ from fedsieve.models.spec import ModelSpec
 from fedsieve.params import Kind, Layout, Masks, Slot
 from fedsieve.settings import Local
 
-SMALLEST = 2**16
-"""weights, kept or not, that the layers must have together for sparse kernels to be worth their start"""
 FEW, LIGHT = 4, 2**13
 """inputs of a convolution, and weights of a linear layer, up to which it is computed by sparse kernels if any layer is"""
 
@@ -203,7 +201,7 @@ def sparse_layers(module: nn.Module, masks: Masks, local: Local) -> list[str]:
             weights += slot.numel
         elif slot.numel <= LIGHT if linear else slot.shape[1] <= FEW:
             light.append(name)
-    return [*names, *light] if names and weights >= SMALLEST else []
+    return [*names, *light] if names and weights >= local.sparse_least else []
 
 
 def _convolves(layer: nn.Module) -> bool:
