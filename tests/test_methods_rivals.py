@@ -650,3 +650,25 @@ def test_tickets_do_better_at_their_clients_than_the_whole_model(federation):
     result = fit(LotteryFL(density=0.2), model=spec, data=data, local=local, engine=engine)
     assert result.rows[-1]["client_accuracy"]["mean"] > result.accuracy + 0.1
     assert result.rows[-1]["bytes_up"] < 0.35 * result.rows[0]["bytes_up"]
+
+
+def test_ranking_by_layer_cuts_no_layer_off(federation):
+    """A first layer that starts small loses all its weights in a ranking over the whole network, and gets none back."""
+    data, spec = federation
+    start = Params(spec.layout, spec.initial("glorot", Streams(0)).flat.clone())
+    start["fc1.weight"].mul_(0.05)
+    found = {
+        ranking: fit(
+            SparsyFed(density=0.05, ranking=ranking),
+            model=spec,
+            data=data,
+            local=Local(batch=16, lr=0.05),
+            engine=Engine(rounds=3),
+            start=start,
+        )
+        for ranking in ("layer", "global")
+    }
+    assert all(result.masks.count == round(0.05 * spec.layout.maskable) for result in found.values())
+    assert not found["global"].masks["fc1.weight"].any()
+    assert found["global"].rows[0]["events"] == ["fc1.weight keeps none of its 4096 weights"]
+    assert min(found["layer"].masks.densities().values()) > 0.04

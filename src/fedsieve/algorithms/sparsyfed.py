@@ -1,7 +1,7 @@
 """SparsyFed: powers of what is learned, pruned by each client before it answers (Guastella et al. 2025, arXiv 2504.05153).
 
 Weights are w = v |v|^(beta - 1) of what a client learns, v (Powerpropagation: Schwarz et al. 2021, arXiv 2110.00296), so small
-weights move little and a weight of 0 stays 0. After local training a client keeps the largest weights of the whole network. The
+weights move little and a weight of 0 stays 0. After local training a client keeps the largest weights of each tensor. The
 server averages, zeros included; what any client kept is in the next model.
 
 With d the density, u that of the union, u' that of the one before, P the maskable weights, H the binary entropy in bits:
@@ -33,9 +33,10 @@ from fedsieve.local.executor import Client
 from fedsieve.params import Layout, Masks, Params
 from fedsieve.reparam.power import Power
 from fedsieve.settings import Density, settings
+from fedsieve.sparsity.allocate import uniform
 from fedsieve.sparsity.scores import magnitude
-from fedsieve.sparsity.select import select
-from fedsieve.streams import Streams
+from fedsieve.sparsity.select import select, select_by_slot
+from fedsieve.streams import Stream, Streams
 from fedsieve.wire.message import Message, Reason, WireError
 from fedsieve.wire.sections import mask, number, values
 from fedsieve.wire.versions import Known, Versions
@@ -61,6 +62,9 @@ class SparsyFed:
     """density of the maskable weights that a client sends, in (0, 1]"""
     beta: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.25
     """exponent of what is learned, >= 1 (1: weights are learned themselves, and pruned ones may come back)"""
+    ranking: Literal["layer", "global"] = "layer"
+    """what a client keeps: the same density in each tensor, or the largest weights of the whole network. At low densities that
+    cuts off layers whose weights start small, for good, since a weight of 0 stays 0"""
     average: Literal["learned", "weights"] = "learned"
     """what the server averages: the clients' v, as the published code does, or their weights"""
     final: Literal["pruned", "union"] = "pruned"
@@ -91,9 +95,7 @@ class SparsyFed:
         start = _mapped(request.values("weights", masks), power.latent)
         within = masks if self._absorbing and masks.density < 1 else None
         trained = client.train(start, masks=within, reparam=power)
-        own = select(
-            magnitude(trained.params), self._keep(client.layout), within=self._reach(masks), ties=client.stream("prune")
-        )
+        own = self._pruned(trained.params, self._reach(masks), client.stream("prune"))
         reply = request.reply(
             mask=mask(own, within=self._reach(masks)),
             weights=values(_mapped(trained.params, power.effective), own),
@@ -105,7 +107,7 @@ class SparsyFed:
     def read(self, state: State, reply: Message) -> tuple[Params, Masks, float]:
         """Decode a client's weights, its mask, and its weight in the mean."""
         reach = self._reach(state.versions.masks)
-        own, wanted = reply.mask("mask", within=reach), min(reach.count, self._keep(reach.layout))
+        own, wanted = reply.mask("mask", within=reach), self._count(reach)
         if own.count != wanted:
             raise WireError(Reason.COUNT, 0, f"the mask keeps {own.count} weights, not {wanted}")
         params = reply.values("weights", own)
@@ -134,7 +136,7 @@ class SparsyFed:
         masks = state.versions.masks
         if self.final == "pruned" and state.versions.version > 1:
             ties = state.streams.at(round=state.round)("final")
-            masks = select(magnitude(state.params), self._keep(masks.layout), within=masks, ties=ties)
+            masks = self._pruned(state.params, masks, ties)
         return state.params.under(masks), masks
 
     @property
@@ -145,6 +147,19 @@ class SparsyFed:
     def _reach(self, masks: Masks) -> Masks:
         """Weights that a client may keep, given those that it was sent."""
         return masks if self._absorbing else Masks.full(masks.layout)
+
+    def _pruned(self, params: Params, within: Masks, ties: Stream) -> Masks:
+        keep = self._keep(within.layout)
+        if self.ranking == "global":
+            return select(magnitude(params), keep, within=within, ties=ties)
+        return select_by_slot(magnitude(params), uniform(within.layout, keep), within=within, ties=ties)
+
+    def _count(self, within: Masks) -> int:
+        """Weights that a client keeps of those that it may."""
+        keep = self._keep(within.layout)
+        if self.ranking == "global":
+            return min(within.count, keep)
+        return sum(min(within.counts()[name], count) for name, count in uniform(within.layout, keep).items())
 
     def _keep(self, layout: Layout) -> int:
         return round(self.density * layout.maskable)
