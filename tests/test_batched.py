@@ -171,7 +171,7 @@ def test_masks_for_sparse_kernels_are_trained_one_by_one():
     y = torch.arange(40) % 10
     examples = Examples(torch.from_numpy(draw.normal(size=(40, 1, 12, 12)).astype(np.float32)), y, (), ())
     asked = calls(spec, examples, [20, 20], masks=masks)
-    together, executor = Batched(Executor(spec, Local(), 3), 2), Executor(spec, Local(), 3)
+    together, executor = Batched(Executor(spec, Local(sparse_least=0), 3), 2), Executor(spec, Local(sparse_least=0), 3)
     for found, call in zip(together.train(asked), asked, strict=True):
         assert same(found.params.flat, call.alone(executor).params.flat)
     assert together._stack is None
