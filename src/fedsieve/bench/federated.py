@@ -162,6 +162,7 @@ def reached(runs: Sequence[NDArray[np.float64]], target: float) -> tuple[float, 
 
 HEAD = (
     "method",
+    "asked",
     "density",
     "accuracy %",
     "seeds",
@@ -191,6 +192,7 @@ def table(scenario: Scenario, folder: Path) -> str:
         body.append(
             [
                 cell.method.name,
+                "" if cell.density is None else f"{cell.density:g}",
                 f"{study.mean(found, 'density'):.4f}",
                 f"{np.mean(accuracies):.1f}",
                 " ".join(f"{accuracy:.1f}" for accuracy in accuracies),
