@@ -408,7 +408,7 @@ def test_more_epochs_at_an_evaluation_train_signs(digits, small):
     play = Federation(algorithm, small, digits)
     play.play([0, 1])
     request = algorithm.evaluation(play.state, [0], 3)[0]
-    found = counts(unpack(handle(play.device, 0, pack(request), play.mine[0])[0], small.layout))
+    found = counts(unpack(handle(play.device, 0, pack(request), play.mine[0])[0], small.layout), 2)
     assert len(found) == 2
     assert found[0] != found[1]
 
@@ -496,12 +496,12 @@ def test_fedmask_is_evaluated_with_each_clients_own_mask(digits, small):
     own = replies[0].mask("mask")
     weights = frozen(small, play.state.seed)
     for client, masks in ((0, own), (5, play.state.masks)):
-        found = counts(unpack(handle(play.device, client, pack(message), play.mine.get(client))[0], small.layout))
+        found = counts(unpack(handle(play.device, client, pack(message), play.mine.get(client))[0], small.layout), 2)
         assert found[0] == play.device.executor.evaluate(weights.under(masks), digits.test, digits.shares[client], masks)
         assert found[1] != found[0]
     shared = replace(play.algorithm, merge="all")
     device = Device(Plan(shared, small, digits, LOCAL, 5, 3))
-    found = counts(unpack(handle(device, 0, pack(message), play.mine[0])[0], small.layout))
+    found = counts(unpack(handle(device, 0, pack(message), play.mine[0])[0], small.layout), 2)
     masks = play.state.masks
     assert found[0] == device.executor.evaluate(weights.under(masks), digits.test, digits.shares[0], masks)
 

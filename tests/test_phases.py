@@ -16,7 +16,7 @@ from fedsieve.algorithms.fedavg import State
 from fedsieve.engine.freeze import freeze, thaw
 from fedsieve.params import Kind, Layout, Slot
 from fedsieve.wire.message import Reason
-from fedsieve.wire.sections import number
+from fedsieve.wire.sections import number, vector
 from fedsieve.wire.versions import Known, Versions
 
 LOCAL = Local(batch=16, lr=0.1)
@@ -185,3 +185,21 @@ def test_changes_to_masks_that_are_not_here_are_refused():
     with pytest.raises(WireError) as found:
         Known.told(request, None)
     assert found.value.reason is Reason.RANGE
+
+
+class Boastful(FedAvg):
+    """FedAvg whose first three clients answer evaluations with what is no count."""
+
+    def evaluation(self, state, clients, epochs):
+        return dict.fromkeys(clients, evaluation(state.params, Masks.full(state.params.layout), state.round, epochs))
+
+    def client_evaluate(self, request, client, mine):
+        answers = {0: [5.0, 1.0, 2.0], 1: [1.0] * 6, 2: []}
+        told = answers.get(client.id)
+        return request.reply(counts=measured(client, request.dense("weights"), None, 0) if told is None else vector(told))
+
+
+def test_evaluations_that_are_not_valid_are_lost_and_end_no_run(digits, small):
+    result = fit(Boastful(), model=small, data=digits, local=LOCAL, engine=Engine(rounds=2))
+    assert [set(row["lost"]) for row in result.rows] == [{"0", "1", "2"}] * 2
+    assert all(0 <= row["client_accuracy"]["mean"] <= 1 for row in result.rows)

@@ -189,10 +189,12 @@ def measured(
     return vector([number for each in found for number in (each.correct, each.loss, each.predictions)])
 
 
-def counts(reply: Message) -> list[Metrics]:
-    """Read a client's answer to an evaluation request: how its model does, and how after training if that was asked."""
+def counts(reply: Message, models: int = 1) -> list[Metrics]:
+    """Read a client's answer to an evaluation request: how so many models do, its own and, if that was asked, the tuned one."""
     numbers = reply.vector("counts").tolist()
-    if len(numbers) not in (3, 6):
-        raise WireError(Reason.COUNT, 0, f"counts are {len(numbers)} numbers, not 3 or 6")
+    if len(numbers) != 3 * models:
+        raise WireError(Reason.COUNT, 0, f"counts are {len(numbers)} numbers, not {3 * models}")
     triples = [numbers[begin : begin + 3] for begin in range(0, len(numbers), 3)]
+    if any(not 0 <= correct <= predictions for correct, _, predictions in triples):
+        raise WireError(Reason.RANGE, 0, f"counts are {numbers}: correct ones must be in [0, predictions]")
     return [Metrics(int(correct), loss, int(predictions)) for correct, loss, predictions in triples]

@@ -57,8 +57,8 @@ def play(
     if round % engine.eval_every == 0 or round == engine.rounds:
         found = transport.evaluate(params, masks, network(algorithm, state, job.spec))
         row |= {"accuracy": found.accuracy, "loss": found.mean_loss}
-        before, after = exchange.evaluate(algorithm, state, params, masks)
-        row |= {"client_accuracy": _percentiles(before), "tuned_accuracy": _percentiles(after)}
+        untuned, tuned = exchange.evaluate(algorithm, state, params, masks)
+        row |= {"client_accuracy": _percentiles(untuned), "tuned_accuracy": _percentiles(tuned)}
     row |= {"lost": {str(client): reason for client, reason in sorted(exchange.lost.items())}}
     return state, row | exchange.ledger.row() | {"peak_memory_mb": transport.peak_memory() / 1e6}
 
@@ -156,10 +156,15 @@ class Exchange:
             messages = algorithm.evaluation(state, clients, epochs)
         else:
             messages = dict.fromkeys(clients, evaluation(params, masks, state.round, epochs))
-        found = [counts(reply) for _, reply in self.receive(self.send(messages))]
-        before, *after = zip(*found, strict=True) if found else ((),)
-        shown = [[metrics.accuracy for metrics in each if metrics.predictions] for each in (before, *after)]
-        return shown[0], shown[1] if after else []
+        found = []
+        for client, reply in self.receive(self.send(messages)):
+            try:
+                found.append(counts(reply, 2 if epochs else 1))
+            except WireError as error:
+                self.lost[client] = str(error)
+        untuned, *tuned = zip(*found, strict=True) if found else ((),)
+        shown = [[metrics.accuracy for metrics in each if metrics.predictions] for each in (untuned, *tuned)]
+        return shown[0], shown[1] if tuned else []
 
 
 def total(rows: Sequence[Row], key: str) -> Any:
