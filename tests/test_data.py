@@ -162,6 +162,46 @@ def test_limits_balance_the_classes(digits):
     assert torch.bincount(cut.y_test).tolist() == [3] * 3
 
 
+@pytest.mark.parametrize("name", ["digits", "spoken-digits", "wisdm", "shakespeare"])
+def test_held_out_examples_are_no_training_examples_and_no_test_examples(name):
+    whole, limit = real(name), Data(name=name, train_limit=1000)
+    cut = load(limit)
+    held = datasets.held_out(cut, 0.25, Streams(3)("validation"))
+    assert (len(held.y_train), len(held.y_test)) == (750, 250)
+    rows = (
+        torch.cat([held.x_train.flatten(1), held.x_test.flatten(1)]).double()
+        @ torch.arange(1, held.x_train[0].numel() + 1).double()
+    )
+    before = cut.x_train.flatten(1).double() @ torch.arange(1, held.x_train[0].numel() + 1).double()
+    assert torch.equal(rows.sort().values, before.sort().values)
+    if cut.owner_train is not None:
+        apart = np.bincount(held.owner_test, minlength=400) - np.bincount(cut.owner_train, minlength=400) / 4
+        assert np.abs(apart).max() <= (1 if cut.y_train.dim() > 1 else whole.classes)
+    again, other = (datasets.held_out(cut, 0.25, Streams(seed)("validation")) for seed in (3, 4))
+    assert torch.equal(held.x_test, again.x_test)
+    assert not torch.equal(held.x_test, other.x_test)
+
+
+def test_held_out_examples_are_of_each_class_alike(digits):
+    held = datasets.held_out(from_arrays(*arrays(n=300, m=30)), 0.1, Streams(0)("validation"))
+    assert torch.bincount(held.y_test).tolist() == [10] * 3
+
+
+@pytest.mark.parametrize("share", [0.001, 0.999])
+def test_nothing_held_out_is_refused(share):
+    with pytest.raises(
+        UsageError, match=r"data.validation = 0.\d+ holds out (0|300) of the 300.*allowed: one or more, and not all"
+    ):
+        datasets.held_out(from_arrays(*arrays(n=300, m=30)), share, Streams(0)("validation"))
+
+
+def test_validation_takes_the_place_of_test_examples_in_a_federation():
+    data = federate(load(Data(name="digits")), Data(name="digits", clients=4, validation=0.2), Streams(0))
+    assert (len(data.train), len(data.test)) == (1437 - 287, 287)
+    assert sum(map(len, data.parts)) == len(data.train)
+    assert sum(map(len, data.shares)) == len(data.test)
+
+
 # --- files
 
 

@@ -70,6 +70,7 @@ GOLDEN = [
     ("mlp", {"hidden": (200, 200)}, MNIST, 10, 784 * 200 + 200 * 200 + 200 * 10, 410, 0),
     ("lenet", {}, MNIST, 10, 25 * 6 + 25 * 6 * 16 + 5 * 5 * 16 * 120 + 120 * 84 + 84 * 10, 6 + 16 + 120 + 84 + 10, 0),
     ("lenet", {}, CIFAR, 10, 25 * 18 + 25 * 6 * 16 + 5 * 5 * 16 * 120 + 120 * 84 + 84 * 10, 6 + 16 + 120 + 84 + 10, 0),
+    ("lenet", {"norm": "batch"}, MNIST, 10, 61_470, 6 + 16 + 120 + 84 + 10 + 2 * (6 + 16), 2 * (6 + 16)),
     ("cnn", {}, MNIST, 10, 25 * 32 + 25 * 32 * 64 + 7 * 7 * 64 * 512 + 512 * 10, 32 + 64 + 512 + 10, 0),
     ("cnn6", {"norm": "none"}, CIFAR, 10, CNN6, CNN6_BIASES, 0),
     ("cnn6", {}, CIFAR, 10, CNN6, CNN6_BIASES + 2 * (64 + 128), 2 * (64 + 128)),
@@ -470,7 +471,7 @@ def test_models_adapt_to_the_images(name, shape):
     [
         ({"name": "resnet2"}, CIFAR, False, "did you mean 'resnet20'"),
         ({"name": "zzz"}, CIFAR, False, "unknown model 'zzz'"),
-        ({"name": "mlp", "norm": "batch"}, MNIST, False, "Models with it: cnn6, resnet8"),
+        ({"name": "mlp", "norm": "batch"}, MNIST, False, "Models with it: lenet, cnn6, resnet8"),
         ({"name": "cnn", "hidden": (5,)}, MNIST, False, "Models with it: mlp, tabular"),
         ({"name": "lenet"}, (1, 8, 8), False, r"16 x 16 or larger;\n.*\(1, 8, 8\)"),
         ({"name": "vgg16"}, (1, 8, 8), False, r"32 x 32 or larger;\n.*\(1, 8, 8\)"),

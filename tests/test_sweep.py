@@ -479,6 +479,16 @@ def test_a_choice_by_test_examples_is_marked(call, whole):
     assert "PICKED BY TEST" not in said + (out / "sweep.md").read_text()
 
 
+def test_a_choice_by_held_out_examples_needs_no_leave(call, folder):
+    path = written(SMALL.replace("[data]\n", "[data]\nvalidation = 0.2\n"))
+    code, said, _ = call("sweep", path, "--out", "out", "--pick", "accuracy")
+    assert code == 0
+    assert "picked by largest mean accuracy: " in said
+    page = Path("out/sweep.md").read_text()
+    assert "on held-out training examples" in page
+    assert "PICKED BY TEST" not in said + page
+
+
 def test_the_best_by_hand():
     a, b = tallied("a", run(0.9, loss=0.3), run(0.5, loss=0.5)), tallied("b", run(0.6, loss=0.1, p10=0.1), run(0.6, loss=0.6))
     c = tallied("c", run(0.99, loss=0.01), diverged=1)
@@ -489,7 +499,7 @@ def test_the_best_by_hand():
     assert not tally.largest("client_accuracy.std")
     with pytest.raises(UsageError, match="no setting has it"):
         tally.best([a, b, c], "tuned_accuracy.mean")
-    assert sweep.choice([replace(b, title="b, lr 1"), c], "train_loss").splitlines() == [
+    assert sweep.choice([replace(b, title="b, lr 1"), c], "train_loss", by_test=True).splitlines() == [
         "picked by least mean train_loss: b, lr 1 (0.35)",
         "of b: b, lr 1 (0.35)",
     ]

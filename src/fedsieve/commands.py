@@ -143,7 +143,7 @@ class Sweep:
     pick: Annotated[str | None, tyro.conf.arg(metavar="KEY")] = None
     """name the best setting by a key of the records, such as train_loss"""
     pick_by_test: bool = False
-    """let --pick choose by test examples, and mark the choice"""
+    """let --pick choose by test examples, and mark the choice; not needed where data.validation holds examples out"""
 
 
 def sweep_command(words: list[str]) -> None:
@@ -152,12 +152,12 @@ def sweep_command(words: list[str]) -> None:
     from fedsieve import sweep as sweeps
     from fedsieve.report import tally
 
-    if asked.pick is not None:
-        tally.refuse(asked.pick, by_test=asked.pick_by_test)
-    elif asked.pick_by_test:
+    if asked.pick is None and asked.pick_by_test:
         raise UsageError("--pick-by-test goes with --pick KEY, such as --pick accuracy.")
     _workers_ahead("", asked.file)
     points = sweeps.grid(asked.file)
+    if asked.pick is not None:
+        tally.refuse(asked.pick, by_test=asked.pick_by_test or sweeps.held_out(points))
     from fedsieve.engine.folder import fresh
 
     out = asked.out or fresh(f"sweep-{_stem(asked.file.stem)}")
@@ -201,7 +201,7 @@ def _tally(source: Path, out: Path, points: list[Point], pick: str | None) -> No
     from fedsieve.report import tally
 
     tallies = sweeps.tallied(out, points)
-    picked = sweeps.choice(tallies, pick) if pick else ""
+    picked = sweeps.choice(tallies, pick, by_test=not sweeps.held_out(points)) if pick else ""
     files.replace(out / "sweep.csv", tally.csv(tallies))
     files.replace(out / "sweep.md", sweeps.markdown_of(source, out, points, tallies, picked))
     Console().print(tally.table(tallies))

@@ -150,6 +150,9 @@ class Data:
     """use at most so many training examples, >= 0 (0: all)"""
     test_limit: CountOrZero = 0
     """use at most so many test examples, >= 0 (0: all)"""
+    validation: Share = 0.0
+    """share of the training examples that is held out and evaluated on in place of the test examples, in [0, 1): to choose
+    settings by, without a look at test examples (0: train on all, evaluate on test examples)"""
     augment: Literal["none", "crop-flip"] = "none"
     """crop-flip: pad by 4 pixels, crop at random and mirror at random, anew in each epoch (images only)"""
 

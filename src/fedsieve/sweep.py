@@ -246,7 +246,12 @@ def tallied(out: Path, points: Sequence[Point]) -> list[Tally]:
     return found
 
 
-def choice(tallies: Sequence[Tally], key: str) -> str:
+def held_out(points: Sequence[Point]) -> bool:
+    """Whether all runs are evaluated on training examples that were held out, and none on test examples."""
+    return all(point.config.data.validation for point in points)
+
+
+def choice(tallies: Sequence[Tally], key: str, *, by_test: bool) -> str:
     """Say which setting is best by a key of its records, of all and of each method; a choice by test examples is marked."""
     chosen, value = tally.best(tallies, key)
     said = [f"picked by {'largest' if tally.largest(key) else 'least'} mean {key}: {chosen.title} ({digits(value, 'share')})"]
@@ -255,7 +260,7 @@ def choice(tallies: Sequence[Tally], key: str) -> str:
         with suppress(UsageError):  # all its runs may have diverged
             own, value = tally.best([each for each in tallies if each.setting[NAME] == method], key)
             said.append(f"of {method}: {own.title} ({digits(value, 'share')})")
-    if key in tally.TEST:
+    if by_test and key in tally.TEST:
         said.append("PICKED BY TEST EXAMPLES: test figures of what is picked are too good, for it was picked by them.")
     return "\n".join(said)
 
@@ -277,10 +282,11 @@ def markdown_of(source: Path, out: Path, points: Sequence[Point], tallies: Seque
         cells = ["–" if accuracy is None else digits(100 * accuracy, "percent"), "–" if loss is None else digits(loss)]
         runs.append([point.name, "done", *cells])
     chosen = "".join(f"- {line}\n" for line in picked.splitlines()) + "\n" * bool(picked)
+    examples = "held-out training" if held_out(points) else "test"
     return (
         f"# Sweep {source.name}\n\n{tally.table_markdown(tallies)}\n"
-        "Means over the runs of a setting. Accuracy is that of the last evaluation, on test examples, ± half of the 95 %\n"
-        "interval of its mean (Student's t over the seeds; n/a for one run). MB = 10^6 bytes, evaluation left out.\n\n"
+        f"Means over the runs of a setting. Accuracy is that of the last evaluation, on {examples} examples, ± half of the\n"
+        "95 % interval of its mean (Student's t over the seeds; n/a for one run). MB = 10^6 bytes, evaluation left out.\n\n"
         f"{chosen}## Grid\n\n{axes}\n"
         f"## Runs\n\n{markdown(runs[0], runs[1:])}"
     )

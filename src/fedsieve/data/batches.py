@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsieve.data.datasets import Dataset
+from fedsieve.data.datasets import Dataset, held_out
 from fedsieve.data.partition import Parts, partition, sample, test_shares
 from fedsieve.errors import DataError, UsageError
 from fedsieve.settings import Data
@@ -146,8 +146,10 @@ def federate(dataset: Dataset, settings: Data, streams: Streams) -> Federation:
 
     Raises:
         DataError: the partition asked for does not fit the data.
-        UsageError: augmentation is asked for and the examples are not images.
+        UsageError: augmentation is asked for and the examples are not images; or nothing can be held out.
     """
+    if settings.validation:
+        dataset = held_out(dataset, settings.validation, streams("validation"))
     images = dataset.x_train.dim() == 4
     augment = settings.augment == "crop-flip"
     if augment and not images:

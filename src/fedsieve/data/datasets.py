@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import import_module
 from importlib.util import find_spec
@@ -302,17 +302,43 @@ def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())
 
 
+def held_out(dataset: Dataset, share: float, stream: Stream) -> Dataset:
+    """Hold out a share of the training examples, drawn alike from each class and owner, in place of the test examples.
+
+    Raises:
+        UsageError: nothing would be held out, or nothing left to train on.
+    """
+    examples = len(dataset.y_train)
+    count = round(share * examples)
+    if not 0 < count < examples:
+        raise UsageError(
+            f"data.validation = {share} holds out {count} of the {examples} training examples of {dataset.name}; allowed: one"
+            " or more, and not all.\nChange data.validation, or data.train_limit."
+        )
+    held = np.isin(np.arange(examples), _spread(dataset.y_train, dataset.owner_train, count, stream.permutation(examples)))
+    return replace(dataset, **_rows(dataset, "train", ~held, "train"), **_rows(dataset, "train", held, "test"))
+
+
 def _limited(dataset: Dataset, settings: Data) -> Dataset:
     parts: dict[str, Any] = {}
     for split, limit in (("train", settings.train_limit), ("test", settings.test_limit)):
-        x, y, owner = (getattr(dataset, f"{part}_{split}") for part in ("x", "y", "owner"))
-        if 0 < limit < len(x):
-            keys = ([] if owner is None else [owner]) + ([y.numpy()] if y.dim() == 1 else [])
-            order = np.lexsort(keys) if keys else np.arange(len(x))
-            chosen = np.sort(order[np.arange(limit) * len(x) // limit])
-            x, y, owner = x[chosen], y[chosen], None if owner is None else owner[chosen]
-        parts |= {f"x_{split}": x, f"y_{split}": y, f"owner_{split}": owner}
-    return Dataset(name=dataset.name, classes=dataset.classes, mean=dataset.mean, std=dataset.std, **parts)
+        y, owner = getattr(dataset, f"y_{split}"), getattr(dataset, f"owner_{split}")
+        if 0 < limit < len(y):
+            parts |= _rows(dataset, split, np.sort(_spread(y, owner, limit, np.arange(len(y)))), split)
+    return replace(dataset, **parts)
+
+
+def _spread(y: Tensor, owner: NDArray[np.int64] | None, count: int, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return `count` positions of examples, of each class and owner their share; among equals by `order`, a permutation."""
+    keys = ([] if owner is None else [owner[order]]) + ([y.numpy()[order]] if y.dim() == 1 else [])
+    sorted_ = order[np.lexsort(keys)] if keys else order
+    return sorted_[np.arange(count) * len(order) // count]
+
+
+def _rows(dataset: Dataset, split: str, rows: NDArray[Any], to: str) -> dict[str, Any]:
+    """Return some examples of a split, as the fields of a data set that they are to be."""
+    parts = {part: getattr(dataset, f"{part}_{split}") for part in ("x", "y", "owner")}
+    return {f"{part}_{to}": None if values is None else values[rows] for part, values in parts.items()}
 
 
 def _digits(root: str | None) -> Dataset:

@@ -278,7 +278,7 @@ class Entry:
 
 CATALOGUE: tuple[Entry, ...] = (
     Entry("mlp", "hidden layers of 128 and 128", "any shape", "118,282 (1x28x28, 10 classes)", "arXiv 2204.12430", ("hidden",)),
-    Entry("lenet", "LeNet-5", "images from 16x16", "61,706 (1x28x28, 10 classes)", "LeCun et al. 1998", ()),
+    Entry("lenet", "LeNet-5", "images from 16x16", "61,706 (1x28x28, 10 classes)", "LeCun et al. 1998", ("norm",)),
     Entry("cnn", "FedAvg's CNN", "images from 4x4", "1,663,370 (1x28x28, 10 classes)", "arXiv 1602.05629", ()),
     Entry(
         "cnn6", "FedSparsify CNN", "images from 8x8", "1,609,930 (3x32x32, 10 classes)", "arXiv 2204.12430", ("norm", "dropout")

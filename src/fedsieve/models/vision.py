@@ -21,8 +21,10 @@ Norm = Literal["none", "group", "batch"]
 GROUPS = 2
 
 
-def lenet(shape: tuple[int, ...], classes: int) -> nn.Sequential:
+def lenet(shape: tuple[int, ...], classes: int, norm: Norm = "none") -> nn.Sequential:
     """Make LeNet-5 (LeCun et al. 1998, Proc. IEEE 86(11)); 61,706 parameters on 28 x 28 pixels with 10 classes.
+
+    Normalisation, where it is asked for, follows the pooling.
 
     Images smaller than the paper's 32 x 32 are padded by two pixels in the first convolution, as MNIST was there.
     Deviates: ReLU and max pooling for tanh and trained average pooling, all channels of the second convolution connected, a
@@ -31,22 +33,23 @@ def lenet(shape: tuple[int, ...], classes: int) -> nn.Sequential:
     channels, height, width = _image_shape("lenet", shape, least=16)
     padding = 2 if min(height, width) < 32 else 0
     height, width = (((side + 2 * padding - 4) // 2 - 4) // 2 for side in (height, width))
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(channels, 6, 5, padding=padding),
-            pool1=nn.MaxPool2d(2),
-            relu1=nn.ReLU(),
-            conv2=nn.Conv2d(6, 16, 5),
-            pool2=nn.MaxPool2d(2),
-            relu2=nn.ReLU(),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(16 * height * width, 120),
-            relu3=nn.ReLU(),
-            fc2=nn.Linear(120, 84),
-            relu4=nn.ReLU(),
-            fc3=nn.Linear(84, classes),
-        )
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Conv2d(channels, 6, 5, padding=padding),
+        pool1=nn.MaxPool2d(2),
+        norm1=_norm(norm, 6),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(6, 16, 5),
+        pool2=nn.MaxPool2d(2),
+        norm2=_norm(norm, 16),
+        relu2=nn.ReLU(),
+        flatten=nn.Flatten(),
+        fc1=nn.Linear(16 * height * width, 120),
+        relu3=nn.ReLU(),
+        fc2=nn.Linear(120, 84),
+        relu4=nn.ReLU(),
+        fc3=nn.Linear(84, classes),
     )
+    return nn.Sequential(layers)
 
 
 def cnn(shape: tuple[int, ...], classes: int) -> nn.Sequential:

@@ -41,8 +41,9 @@ def write(path: Path, content: str) -> None:
 
 
 FOOTER = (
-    "Accuracy is measured on test examples. A megabyte (MB) is a million bytes. Bytes are the lengths of the messages carried; "
-    "evaluation is not counted in the totals. Density is the share of the prunable weights that are kept."
+    "Accuracy is measured on test examples, or where data.validation is set on training examples that were held out. A megabyte"
+    " (MB) is a million bytes. Bytes are the lengths of the messages carried; evaluation is not counted in the totals."
+    " Density is the share of the prunable weights that are kept."
 )
 
 

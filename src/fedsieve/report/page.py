@@ -108,6 +108,11 @@ def _setting(run: Run, key: str, total: str) -> str:
     return str(flat(run.config).get(key) or run.summary.get(total) or "unknown")
 
 
+def _measured(run: Run) -> str:
+    """Return which examples the run is evaluated on: those of the test, or those that were held out."""
+    return "Validation" if number(flat(run.config).get("data.validation")) else "Test"
+
+
 def _tone(came: Outcome) -> str:
     return {"done": "good", "diverged": "bad"}.get(came.status, "fair")
 
@@ -136,7 +141,7 @@ def _tiles(run: Run, came: Outcome) -> str:
     up, down = came.bytes_up / 1e6, came.bytes_down / 1e6
     return tiles(
         [
-            ("Test accuracy", accuracy, "%" if came.accuracy is not None else "", best),
+            (f"{_measured(run)} accuracy", accuracy, "%" if came.accuracy is not None else "", best),
             ("Density", density, "", f"model of {parameters:,} parameters" if parameters else ""),
             ("Uplink", digits(up), "MB", f"{digits(up / max(came.rounds, 1))} MB a round"),
             ("Downlink", digits(down), "MB", f"{digits(once / 1e6)} MB as one broadcast to all" if once else ""),
@@ -158,15 +163,15 @@ def _accuracy_figures(run: Run) -> list[str]:
         why = "No round has been evaluated." if run.rows else "No round has been completed."
         return [figure(title, why, "") for title in titles]
     lines = [Line("test", curve.rounds, curve.accuracy, HUES[0])]
-    caption = "Test accuracy of the server's model after each evaluated round."
+    caption = f"{_measured(run)} accuracy of the server's model after each evaluated round."
     clients = [(row["round"], row["client_accuracy"]) for row in run.rows if row.get("client_accuracy")]
     clients = [(x, found) for x, found in clients if all(number(found.get(key)) is not None for key in ("p10", "mean", "p90"))]
     if clients:
         low, middle, high = ([100 * found[key] for _, found in clients] for key in ("p10", "mean", "p90"))
         lines.append(Line("clients", [x for x, _ in clients], middle, HUES[1], _DASHES[1], low, high))
-        caption += " Dashed: mean over the clients' own test examples; band: 10th to 90th percentile of the clients."
+        caption += " Dashed: mean over the clients' own examples; band: 10th to 90th percentile of the clients."
     first = figure(titles[0], caption, plot(lines, "round", "accuracy (%)", percent=True, whole=True))
-    caption = "The same test accuracy against all bytes carried so far, uplink and downlink, without evaluation."
+    caption = "The same accuracy against all bytes carried so far, uplink and downlink, without evaluation."
     second = plot([Line("test", curve.megabytes, curve.accuracy, HUES[0])], "MB up + down", "accuracy (%)", percent=True)
     return [first, figure(titles[1], caption, second)]
 

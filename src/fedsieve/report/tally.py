@@ -27,7 +27,7 @@ _SPREAD = ("mean", "std", "p5", "p10", "p25", "p50", "p75", "p90", "p95", "worst
 TRAINING = ("train_loss", "density", "bytes_up", "bytes_down", "bytes_down_once", "flops", "seconds")
 """keys to choose by that look at no test example; the least is best"""
 TEST = ("accuracy", "best_accuracy", "loss", *(f"{part}_accuracy.{key}" for part in ("client", "tuned") for key in _SPREAD))
-"""keys measured on test examples"""
+"""keys measured on test examples, or on those that data.validation holds out"""
 _SUMS = ("bytes_up", "bytes_down", "bytes_down_once", "flops", "seconds")
 
 
@@ -138,13 +138,19 @@ def csv(tallies: Sequence[Tally]) -> str:
 
 
 def refuse(key: str, *, by_test: bool) -> None:
-    """Raise a UsageError if a choice by this key is none, or one on test examples that was not asked for as such."""
+    """Raise a UsageError if a choice by this key is none, or is one on test examples.
+
+    Args:
+        key: of the records.
+        by_test: whether that is asked for, or they are no test examples but held-out ones.
+    """
     if key in TRAINING or (by_test and key in TEST):
         return
     if not by_test and key.startswith(("accuracy", "best_accuracy", "client_accuracy", "tuned_accuracy", "loss")):
         raise UsageError(
             f"--pick {key} would choose by test examples, and the test figures of what is chosen are then too good.\n"
-            "Choose by train_loss, or add --pick-by-test: the choice is then marked as made by test examples."
+            "Hold training examples out in their place (data.validation = 0.2), choose by train_loss, or add --pick-by-test:\n"
+            "the choice is then marked as made by test examples."
         )
     allowed = [*TRAINING, *(TEST if by_test else ())]
     raise UsageError(f"--pick {key}: there is no such key to choose by.{nearest(key, allowed)} There are {', '.join(allowed)}.")
