@@ -1,12 +1,14 @@
 """Every method at equal density on non-IID splits: `python -m fedsieve.bench.federated`, part of `make reproduce`.
 
     fashion-dirichlet, fashion-2classes  Fashion-MNIST, 12,000 examples, 20 clients, an MLP with 118,016 weights
-    cifar-dirichlet, cifar-2classes      CIFAR-10, 10,000 examples, 20 clients, LeNet-5 with 61,770 weights
+    cifar-dirichlet, cifar-2classes      CIFAR-10, 6,000 examples, 20 clients, LeNet-5 with 61,770 weights and GroupNorm
+    cifar-batchnorm                      by Dirichlet and with BatchNorm, for the methods that FedTiny is measured against
     phones                               activities from phone sensors, 36 users as they are, an MLP with 22,656 weights
 
-Ten clients a round, evaluation every two rounds, seeds 0 and 1; each method with its own defaults, nothing tuned against test
-examples. A run that is in results/federated already is not repeated, so the study can be stopped and started again. Kept are
-each run's config.toml, summary.json and records.csv; table.md and a figure for each scenario are made of all of them.
+Ten clients a round, seeds 0 and 1. First each method's learning rate is chosen in each set of data, on training examples that
+are held out (`data.validation`), at one density, with a seed and a split of its own: tuning.csv. All else are the methods'
+defaults. A run that is in results/federated already is not repeated, so the study can be stopped and started again. Kept are
+each run's config.toml, summary.json and records.csv; table.md and a page for each scenario are made of all of them.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from csv import DictReader, DictWriter
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,13 +32,15 @@ from numpy.typing import NDArray
 from fedsieve import files
 from fedsieve.bench import study
 from fedsieve.config import Config, from_name
-from fedsieve.errors import FedsieveError
+from fedsieve.errors import Diverged
 from fedsieve.report.table import markdown
-from fedsieve.settings import Data, Engine, Local, Model
+from fedsieve.settings import Data, Engine, Model
 
 FOLDER = Path("results/federated")
 DENSITIES = (0.1, 0.05, 0.01)
 SEEDS = (0, 1)
+TUNING_DENSITY, TUNING_SEED, VALIDATION = 0.05, 100, 0.2
+RATES = (0.02, 0.05, 0.1, 0.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +50,38 @@ class Scenario:
     name: str
     data: Data
     model: Model
-    local: Local
     rounds: int
+    eval_every: int
     target: float
     """test accuracy in percent"""
+    rates: str
+    """scenario whose learning rates it takes; one that has its own name chooses them"""
+    methods: tuple[str, ...] = ()
+    """names of those that are played; empty: all"""
 
-    def config(self, method: Method, density: float | None, seed: int) -> Config:
+    def config(self, method: Method, density: float | None, seed: int, rate: float) -> Config:
         """Return the config of one run."""
         values = {f"algorithm.{key}": value for key, value in method.settings.items()}
+        values |= {"local.epochs": 2, method.rate: rate}
         if density is not None:
             values["algorithm.density"] = density
         engine = Engine(
-            rounds=self.rounds, cohort=10, seed=seed, workers=2, eval_every=2, eval_clients=36, eval_tune=1, checkpoint_every=20
+            rounds=self.rounds,
+            cohort=10,
+            seed=seed,
+            workers=2,
+            eval_every=self.eval_every,
+            eval_clients=36,
+            eval_tune=1,
+            checkpoint_every=20,
         )
-        config = from_name(method.algorithm, values)
-        return changed(config, data=self.data, model=self.model, local=changed(self.local, **method.local), engine=engine)
+        return changed(from_name(method.algorithm, values), data=self.data, model=self.model, engine=engine)
+
+    def trial(self, method: Method, rate: float) -> Config:
+        """Return the config of one run that learning rates are chosen by."""
+        config = self.config(method, TUNING_DENSITY if method.sparse else None, TUNING_SEED, rate)
+        engine = changed(config.engine, eval_every=self.rounds, eval_tune=0)
+        return changed(config, data=changed(config.data, validation=VALIDATION), engine=engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +91,12 @@ class Method:
     name: str
     algorithm: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    local: Mapping[str, Any] = field(default_factory=dict)
     sparse: bool = True
     """it is played at each density"""
+    rate: str = "local.lr"
+    """its learning rate"""
+    rates: tuple[float, ...] = RATES
+    """from which it is chosen"""
 
 
 def _fashion(**split: Any) -> Data:
@@ -76,24 +104,21 @@ def _fashion(**split: Any) -> Data:
 
 
 def _cifar(**split: Any) -> Data:
-    return Data(name="cifar10", clients=20, train_limit=10_000, test_limit=4_000, min_examples=10, **split)
+    return Data(name="cifar10", clients=20, train_limit=6_000, test_limit=2_000, min_examples=10, **split)
 
 
 DIRICHLET: dict[str, Any] = {"partition": "dirichlet", "alpha": 0.3}
 TWO_CLASSES: dict[str, Any] = {"partition": "classes", "per_client": 2}
+MLP, LENET, NORMALISED = Model(name="mlp"), Model(name="lenet", norm="group"), Model(name="lenet", norm="batch")
+WISDM = Data(name="wisdm", partition="natural", clients=36)
+HOME = ("fedavg", "snip", "synflow", "prunefl", "feddst", "fedtiny", "fedtiny-erk")
 SCENARIOS = (
-    Scenario("fashion-dirichlet", _fashion(**DIRICHLET), Model(name="mlp"), Local(epochs=2, lr=0.05), 40, 80.0),
-    Scenario("fashion-2classes", _fashion(**TWO_CLASSES), Model(name="mlp"), Local(epochs=2, lr=0.05), 40, 65.0),
-    Scenario("cifar-dirichlet", _cifar(**DIRICHLET), Model(name="lenet"), Local(epochs=2, lr=0.05), 30, 35.0),
-    Scenario("cifar-2classes", _cifar(**TWO_CLASSES), Model(name="lenet"), Local(epochs=2, lr=0.05), 30, 25.0),
-    Scenario(
-        "phones",
-        Data(name="wisdm", partition="natural", clients=36),
-        Model(name="mlp"),
-        Local(epochs=2, lr=0.05),
-        40,
-        70.0,
-    ),
+    Scenario("fashion-dirichlet", _fashion(**DIRICHLET), MLP, 40, 2, 80.0, "fashion-dirichlet"),
+    Scenario("fashion-2classes", _fashion(**TWO_CLASSES), MLP, 40, 2, 65.0, "fashion-dirichlet"),
+    Scenario("cifar-dirichlet", _cifar(**DIRICHLET), LENET, 30, 5, 35.0, "cifar-dirichlet"),
+    Scenario("cifar-2classes", _cifar(**TWO_CLASSES), LENET, 30, 5, 25.0, "cifar-dirichlet"),
+    Scenario("cifar-batchnorm", _cifar(**DIRICHLET), NORMALISED, 30, 5, 35.0, "cifar-dirichlet", HOME),
+    Scenario("phones", WISDM, MLP, 40, 2, 70.0, "phones"),
 )
 METHODS: tuple[Method, ...] = (
     Method("fedavg", "fedavg", sparse=False),
@@ -112,14 +137,15 @@ METHODS: tuple[Method, ...] = (
     Method("oneshot", "oneshot"),
     Method("lotteryfl", "lotteryfl"),
     Method("sparsyfed", "sparsyfed"),
-    Method("prunefl", "prunefl", {"every": 10}),
-    Method("feddst", "feddst"),
-    Method("fedtiny", "fedtiny", {"stop": 25}),
-    Method("hidenseek", "hidenseek"),
-    Method("fedmask", "fedmask"),
-    Method("fedpm", "fedpm"),
+    Method("prunefl", "prunefl", {"every": 4}),
+    Method("feddst", "feddst", {"every": 4}),
+    Method("fedtiny", "fedtiny", {"every": 3}),
+    Method("fedtiny-erk", "fedtiny", {"every": 3, "layers": "erk"}),
+    Method("hidenseek", "hidenseek", rate="algorithm.lr", rates=(0.1, 0.3, 1.0, 3.0)),
+    Method("fedmask", "fedmask", rate="algorithm.lr", rates=(0.1, 0.3, 1.0, 3.0)),
+    Method("fedpm", "fedpm", rate="algorithm.lr", rates=(1.0, 10.0, 100.0, 1000.0)),
 )
-"""prunefl and fedtiny move their masks as often as 30 or 40 rounds allow; their papers have hundreds"""
+"""those that move their masks do so some ten times in a run: their papers have hundreds of rounds for it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +170,43 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """Yield the cells of the study, a scenario after another."""
     for scenario in SCENARIOS:
-        for method in METHODS:
+        for method in (each for each in METHODS if each.name in (scenario.methods or [each.name])):
             for density in DENSITIES if method.sparse else (None,):
                 yield Cell(scenario, method, density)
+
+
+class Tuning:
+    """Which learning rate each method has in each set of data: chosen on held-out examples, kept in tuning.csv."""
+
+    HEAD = ("scenario", "method", "rate", "client_accuracy", "accuracy")
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.rows = folder / "tuning.csv", list[dict[str, str]]()
+        with suppress(FileNotFoundError), open(self.path, newline="") as file:
+            self.rows = list(DictReader(file))
+
+    def missing(self, scenario: Scenario, method: Method) -> list[float]:
+        """Return the rates that are still to be tried."""
+        return [rate for rate in method.rates if str(rate) not in self._tried(scenario, method)]
+
+    def add(self, scenario: Scenario, method: Method, rate: float, found: Mapping[str, float]) -> None:
+        """Keep what a trial came to."""
+        values = (scenario.rates, method.name, rate, *(f"{found[key]:.4f}" for key in self.HEAD[3:]))
+        self.rows.append(dict(zip(self.HEAD, map(str, values), strict=True)))
+        text = StringIO()
+        written = DictWriter(text, self.HEAD, lineterminator="\n")
+        written.writeheader()
+        written.writerows(self.rows)
+        files.replace(self.path, text.getvalue())
+
+    def rate(self, scenario: Scenario, method: Method) -> float:
+        """Return the rate with the best mean accuracy over clients, of equals the smallest."""
+        tried = {rate: found for rate, found in self._tried(scenario, method).items() if float(rate) in method.rates}
+        return float(max(sorted(tried, key=float), key=lambda rate: tried[rate]))
+
+    def _tried(self, scenario: Scenario, method: Method) -> dict[str, float]:
+        mine = (row for row in self.rows if (row["scenario"], row["method"]) == (scenario.rates, method.name))
+        return {row["rate"]: float(row["client_accuracy"]) for row in mine}
 
 
 def reached(runs: Sequence[NDArray[np.float64]], target: float) -> tuple[float, float] | None:
@@ -163,6 +223,7 @@ def reached(runs: Sequence[NDArray[np.float64]], target: float) -> tuple[float, 
 HEAD = (
     "method",
     "asked",
+    "lr",
     "density",
     "accuracy %",
     "seeds",
@@ -179,7 +240,7 @@ HEAD = (
 
 def table(scenario: Scenario, folder: Path) -> str:
     """Return the table of a scenario over all runs that are in the folder."""
-    body = []
+    body, tuning = [], Tuning(folder)
     for cell in (cell for cell in cells() if cell.scenario is scenario):
         found = study.summaries(folder / cell.place)
         if not found:
@@ -193,6 +254,7 @@ def table(scenario: Scenario, folder: Path) -> str:
             [
                 cell.method.name,
                 "" if cell.density is None else f"{cell.density:g}",
+                f"{tuning.rate(scenario, cell.method):g}",
                 f"{study.mean(found, 'density'):.4f}",
                 f"{np.mean(accuracies):.1f}",
                 " ".join(f"{accuracy:.1f}" for accuracy in accuracies),
@@ -242,7 +304,7 @@ def draw(scenario: Scenario, folder: Path) -> None:
 
 
 def main(words: Sequence[str] = ()) -> int:
-    """Play what is missing, and write tables and figures after each method."""
+    """Play what is missing, and write tables and pages after each seed."""
     parser = argparse.ArgumentParser("python -m fedsieve.bench.federated", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--limit", type=float, default=float("inf"), help="begin no run after so many seconds; default: none")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"where runs are kept; default: {FOLDER}")
@@ -252,32 +314,51 @@ def main(words: Sequence[str] = ()) -> int:
     known = [scenario.name for scenario in SCENARIOS]
     parser.add_argument("--scenarios", nargs="+", choices=known, metavar="SCENARIO", help="only these")
     options = parser.parse_args(words)
-    end, failed = time.monotonic() + options.limit, 0
-    for seed in SEEDS:
-        for cell in cells():
+    asked = [
+        cell
+        for cell in cells()
+        if cell.method.name in (options.methods or [cell.method.name])
+        and cell.scenario.name in (options.scenarios or [cell.scenario.name])
+    ]
+    end, tuning = time.monotonic() + options.limit, Tuning(options.folder)
+    for cell in asked:
+        chooser = next(each for each in SCENARIOS if each.name == cell.scenario.rates)
+        for rate in tuning.missing(chooser, cell.method):
             if time.monotonic() > end:
                 return 1
-            if cell.method.name not in (options.methods or [cell.method.name]):
-                continue
-            if cell.scenario.name not in (options.scenarios or [cell.scenario.name]):
-                continue
-            began = time.monotonic()
-            try:
-                found = study.play(
-                    cell.scenario.config(cell.method, cell.density, seed), options.folder, cell.place / f"seed{seed}"
-                )
-            except FedsieveError as error:
-                failed += 1
-                print(f"{cell.place} seed {seed}: {error}", flush=True)
-                continue
-            if found:
+            tuning.add(
+                chooser,
+                cell.method,
+                rate,
+                _tried(chooser.trial(cell.method, rate), f"{chooser.name} {cell.method.name} {rate:g}"),
+            )
+    for seed in SEEDS:
+        for cell in asked:
+            if time.monotonic() > end:
+                return 1
+            began, rate = time.monotonic(), tuning.rate(cell.scenario, cell.method)
+            config = cell.scenario.config(cell.method, cell.density, seed, rate)
+            if found := study.play(config, options.folder, cell.place / f"seed{seed}"):
                 print(
                     f"{cell.place} seed {seed}: accuracy {found['accuracy']:.4f}, density {found['density']:.4f},"
                     f" {(found['bytes_up'] + found['bytes_down']) / 1e6:.2f} MB, {time.monotonic() - began:.1f} s",
                     flush=True,
                 )
         report(options.folder)
-    return 1 if failed else 0
+    return 0
+
+
+def _tried(config: Config, name: str) -> dict[str, float]:
+    """Return what a trial came to; 0 if it diverged."""
+    with TemporaryDirectory() as folder:
+        try:
+            summary = config.run(Path(folder) / "run").summary
+        except Diverged:
+            found = dict.fromkeys(Tuning.HEAD[3:], 0.0)
+        else:
+            found = {"client_accuracy": summary["client_accuracy"]["mean"], "accuracy": summary["accuracy"]}
+    print(f"trial {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()), flush=True)
+    return found
 
 
 def report(folder: Path) -> None:
