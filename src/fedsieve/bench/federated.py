@@ -1,14 +1,15 @@
 """Every method at equal density on non-IID splits: `python -m fedsieve.bench.federated`, part of `make reproduce`.
 
     fashion-dirichlet, fashion-2classes  Fashion-MNIST, 12,000 examples, 20 clients, an MLP with 118,016 weights
-    cifar-dirichlet, cifar-2classes      CIFAR-10, 6,000 examples, 20 clients, LeNet-5 with 61,770 weights and GroupNorm
+    cifar-dirichlet, cifar-2classes      CIFAR-10, 5,000 examples, 20 clients, LeNet-5 with 61,770 weights and GroupNorm
     cifar-batchnorm                      by Dirichlet and with BatchNorm, for the methods that FedTiny is measured against
     phones                               activities from phone sensors, 36 users as they are, an MLP with 22,656 weights
 
-Ten clients a round, seeds 0 and 1. First each method's learning rate is chosen in each set of data, on training examples that
-are held out (`data.validation`), at one density, with a seed and a split of its own: tuning.csv. All else are the methods'
-defaults. A run that is in results/federated already is not repeated, so the study can be stopped and started again. Kept are
-each run's config.toml, summary.json and records.csv; table.md and a page for each scenario are made of all of them.
+Ten clients a round, seeds 0 and 1, two runs at a time, each on one core. First each method's learning rate is chosen in each
+set of data, on training examples that are held out (`data.validation`), at one density, with a seed and a split of its own:
+tuning.csv. All else are the methods' defaults. A run that is in results/federated already is not repeated, so the study can be
+stopped and started again. Kept are each run's config.toml, summary.json and records.csv; table.md and a page for each scenario
+are made of all of them.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from csv import DictReader, DictWriter
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedsieve import files
@@ -40,7 +44,7 @@ FOLDER = Path("results/federated")
 DENSITIES = (0.1, 0.05, 0.01)
 SEEDS = (0, 1)
 TUNING_DENSITY, TUNING_SEED, VALIDATION = 0.05, 100, 0.2
-RATES = (0.02, 0.05, 0.1, 0.2)
+RATES = (0.03, 0.1, 0.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,6 @@ class Scenario:
             rounds=self.rounds,
             cohort=10,
             seed=seed,
-            workers=2,
             eval_every=self.eval_every,
             eval_clients=36,
             eval_tune=1,
@@ -104,7 +107,7 @@ def _fashion(**split: Any) -> Data:
 
 
 def _cifar(**split: Any) -> Data:
-    return Data(name="cifar10", clients=20, train_limit=6_000, test_limit=2_000, min_examples=10, **split)
+    return Data(name="cifar10", clients=20, train_limit=5_000, test_limit=2_000, min_examples=10, **split)
 
 
 DIRICHLET: dict[str, Any] = {"partition": "dirichlet", "alpha": 0.3}
@@ -125,6 +128,13 @@ METHODS: tuple[Method, ...] = (
     Method("fedprox", "fedprox", sparse=False),
     Method("scaffold", "scaffold", sparse=False),
     Method("fednova", "fednova", sparse=False),
+    Method("fedavgm", "fedavg", {"server.name": "momentum"}, sparse=False, rate="algorithm.server.lr", rates=(0.1, 0.3, 1.0)),
+    *(
+        Method(
+            f"fed{name}", "fedavg", {"server.name": name}, sparse=False, rate="algorithm.server.lr", rates=(0.003, 0.01, 0.03)
+        )
+        for name in ("adagrad", "adam", "yogi")
+    ),
     Method("progfed", "progfed", sparse=False),
     Method("progfed-equal", "progfed", {"schedule": "equal"}, sparse=False),
     Method("fedsparsify-global", "fedsparsify"),
@@ -141,7 +151,7 @@ METHODS: tuple[Method, ...] = (
     Method("feddst", "feddst", {"every": 4}),
     Method("fedtiny", "fedtiny", {"every": 3}),
     Method("fedtiny-erk", "fedtiny", {"every": 3, "layers": "erk"}),
-    Method("hidenseek", "hidenseek", rate="algorithm.lr", rates=(0.1, 0.3, 1.0, 3.0)),
+    Method("hidenseek", "hidenseek", rate="algorithm.lr", rates=(0.03, 0.1, 0.3, 1.0)),
     Method("fedmask", "fedmask", rate="algorithm.lr", rates=(0.1, 0.3, 1.0, 3.0)),
     Method("fedpm", "fedpm", rate="algorithm.lr", rates=(1.0, 10.0, 100.0, 1000.0)),
 )
@@ -165,6 +175,11 @@ class Cell:
     def place(self) -> Path:
         """Where its runs are kept."""
         return Path(self.scenario.name, self.name)
+
+
+def played(cell: Cell, seed: int, folder: Path) -> bool:
+    """Whether a run is in the folder."""
+    return (folder / cell.place / f"seed{seed}" / "summary.json").is_file()
 
 
 def cells() -> Iterator[Cell]:
@@ -313,6 +328,7 @@ def main(words: Sequence[str] = ()) -> int:
     )
     known = [scenario.name for scenario in SCENARIOS]
     parser.add_argument("--scenarios", nargs="+", choices=known, metavar="SCENARIO", help="only these")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on a core of its own; default: 2")
     options = parser.parse_args(words)
     asked = [
         cell
@@ -321,44 +337,60 @@ def main(words: Sequence[str] = ()) -> int:
         and cell.scenario.name in (options.scenarios or [cell.scenario.name])
     ]
     end, tuning = time.monotonic() + options.limit, Tuning(options.folder)
-    for cell in asked:
-        chooser = next(each for each in SCENARIOS if each.name == cell.scenario.rates)
-        for rate in tuning.missing(chooser, cell.method):
-            if time.monotonic() > end:
-                return 1
-            tuning.add(
-                chooser,
-                cell.method,
-                rate,
-                _tried(chooser.trial(cell.method, rate), f"{chooser.name} {cell.method.name} {rate:g}"),
-            )
-    for seed in SEEDS:
-        for cell in asked:
-            if time.monotonic() > end:
-                return 1
-            began, rate = time.monotonic(), tuning.rate(cell.scenario, cell.method)
-            config = cell.scenario.config(cell.method, cell.density, seed, rate)
-            if found := study.play(config, options.folder, cell.place / f"seed{seed}"):
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        trials = [(cell.scenario, cell.method) for cell in asked if cell.scenario.rates == cell.scenario.name]
+        untried = [(*pair, rate) for pair in dict.fromkeys(trials) for rate in tuning.missing(*pair)]
+        for (scenario, method, rate), found in _played(pool, options.jobs, _try, untried, end):
+            tuning.add(scenario, method, rate, found)
+        for seed in SEEDS:
+            left = [
+                (cell, seed, tuning.rate(cell.scenario, cell.method), options.folder)
+                for cell in asked
+                if not played(cell, seed, options.folder)
+            ]
+            for (cell, *_), found in _played(pool, options.jobs, _play, left, end):
+                megabytes = (found["bytes_up"] + found["bytes_down"]) / 1e6
+                accuracy, density = found["accuracy"], found["density"]
                 print(
-                    f"{cell.place} seed {seed}: accuracy {found['accuracy']:.4f}, density {found['density']:.4f},"
-                    f" {(found['bytes_up'] + found['bytes_down']) / 1e6:.2f} MB, {time.monotonic() - began:.1f} s",
+                    f"{cell.place} seed {seed}: accuracy {accuracy:.4f}, density {density:.4f}, {megabytes:.2f} MB,"
+                    f" {found['seconds']:.1f} s",
                     flush=True,
                 )
-        report(options.folder)
-    return 0
+            report(options.folder)
+    return 0 if time.monotonic() < end else 1
 
 
-def _tried(config: Config, name: str) -> dict[str, float]:
-    """Return what a trial came to; 0 if it diverged."""
+def _played(
+    pool: Executor, jobs: int, play: Callable[..., Mapping[str, Any]], tasks: Iterable[tuple[Any, ...]], end: float
+) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """Yield tasks and what they came to, as they end; `jobs` at a time, none begun after `end`."""
+    left, going = iter(tasks), dict[Future[Mapping[str, Any]], tuple[Any, ...]]()
+    while True:
+        while len(going) < jobs and time.monotonic() < end and (task := next(left, None)):
+            going[pool.submit(play, *task)] = task
+        if not going:
+            return
+        for done in wait(going, return_when=FIRST_COMPLETED).done:
+            yield going.pop(done), done.result()
+
+
+def _try(scenario: Scenario, method: Method, rate: float) -> dict[str, float]:
+    """Return what a trial of a learning rate came to; 0 if it diverged."""
     with TemporaryDirectory() as folder:
         try:
-            summary = config.run(Path(folder) / "run").summary
+            summary = scenario.trial(method, rate).run(Path(folder) / "run").summary
         except Diverged:
             found = dict.fromkeys(Tuning.HEAD[3:], 0.0)
         else:
             found = {"client_accuracy": summary["client_accuracy"]["mean"], "accuracy": summary["accuracy"]}
-    print(f"trial {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()), flush=True)
+    said = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
+    print(f"trial {scenario.name} {method.name} {rate:g}: {said}", flush=True)
     return found
+
+
+def _play(cell: Cell, seed: int, rate: float, folder: Path) -> Mapping[str, Any]:
+    """Play a run of the study."""
+    return study.play(cell.scenario.config(cell.method, cell.density, seed, rate), folder, cell.place / f"seed{seed}") or {}
 
 
 def report(folder: Path) -> None:
