@@ -24,6 +24,7 @@ from csv import DictReader, DictWriter
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from io import StringIO
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -338,8 +339,9 @@ def main(words: Sequence[str] = ()) -> int:
     ]
     end, tuning = time.monotonic() + options.limit, Tuning(options.folder)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        trials = [(cell.scenario, cell.method) for cell in asked if cell.scenario.rates == cell.scenario.name]
-        untried = [(*pair, rate) for pair in dict.fromkeys(trials) for rate in tuning.missing(*pair)]
+        choosers = [scenario for scenario in SCENARIOS if scenario.name in {cell.scenario.rates for cell in asked}]
+        methods = [method for method in METHODS if method.name in {cell.method.name for cell in asked}]
+        untried = [(*pair, rate) for pair in product(choosers, methods) for rate in tuning.missing(*pair)]
         for (scenario, method, rate), found in _played(pool, options.jobs, _try, untried, end):
             tuning.add(scenario, method, rate, found)
         for seed in SEEDS:
