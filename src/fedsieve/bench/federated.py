@@ -213,6 +213,7 @@ class Tuning:
         written = DictWriter(text, self.HEAD, lineterminator="\n")
         written.writeheader()
         written.writerows(self.rows)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         files.replace(self.path, text.getvalue())
 
     def rate(self, scenario: Scenario, method: Method) -> float:
