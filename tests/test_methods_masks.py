@@ -34,7 +34,7 @@ from fedsieve import (
 from fedsieve.aggregate.mean import SignVotes
 from fedsieve.algorithms.base import Job, counts
 from fedsieve.algorithms.fedmask import FedMask
-from fedsieve.algorithms.fedpm import FedPM
+from fedsieve.algorithms.fedpm import FedPM, _scores
 from fedsieve.algorithms.hidenseek import HideNSeek
 from fedsieve.engine.freeze import freeze, thaw
 from fedsieve.engine.handle import Device, Plan, handle
@@ -488,22 +488,20 @@ def test_fedmask_takes_up_its_scores_where_its_bits_are_still_its_own(digits, sm
     torch.testing.assert_close(old[~agreed], -new[~agreed])
 
 
-def test_fedmask_is_evaluated_with_each_clients_own_mask(digits, small):
-    play = Federation(FedMask(), small, digits)
-    for _ in range(2):
-        _, replies = play.play([0, 1, 2])
-    message = play.algorithm.evaluation(play.state, [0, 5], 1)[0]
-    own = replies[0].mask("mask")
-    weights = frozen(small, play.state.seed)
-    for client, masks in ((0, own), (5, play.state.masks)):
-        found = counts(unpack(handle(play.device, client, pack(message), play.mine.get(client))[0], small.layout), 2)
-        assert found[0] == play.device.executor.evaluate(weights.under(masks), digits.test, digits.shares[client], masks)
-        assert found[1] != found[0]
-    shared = replace(play.algorithm, merge="all")
-    device = Device(Plan(shared, small, digits, LOCAL, 5, 3))
-    found = counts(unpack(handle(device, 0, pack(message), play.mine[0])[0], small.layout), 2)
-    masks = play.state.masks
-    assert found[0] == device.executor.evaluate(weights.under(masks), digits.test, digits.shares[0], masks)
+def test_fedmask_is_evaluated_with_the_mask_that_a_client_would_start_from(digits, small):
+    for algorithm in (FedMask(), FedMask(merge="all")):
+        play = Federation(algorithm, small, digits)
+        for _ in range(2):
+            play.play([0, 1, 2])
+        asked, started = algorithm.evaluation(play.state, [0, 5], 1), algorithm.broadcast(play.state, [0, 5])
+        weights = frozen(small, play.state.seed)
+        for client in (0, 5):
+            masks = started[client].mask("mask")
+            assert (client == 0 and algorithm.merge == "overlap") != same(masks.kept, play.state.masks.kept)
+            reply = handle(play.device, client, pack(asked[client]), play.mine.get(client))[0]
+            found = counts(unpack(reply, small.layout), 2)
+            assert found[0] == play.device.executor.evaluate(weights.under(masks), digits.test, digits.shares[client], masks)
+            assert found[1] != found[0]
 
 
 def test_the_sparsity_term_presses_on_late_layers_most(small):
@@ -574,9 +572,10 @@ def test_fedpm_sends_masks_drawn_by_probabilities_that_begin_where_they_are_told
         algorithm = FedPM(lr=1e-9, bits=bits)
         play = Federation(algorithm, small, digits)
         assert float(play.play([0])[1][0].mask("mask").kept.float().mean()) == pytest.approx(0.5, abs=0.05)
-        play.state = replace(play.state, probabilities=(torch.arange(n) < n // 2).float())
+        half = torch.arange(n) < n // 2
+        play.state = replace(play.state, probabilities=half.float(), ones=half.double(), votes=1.0)
         request, replies = play.play([0, 1, 2, 3, 4, 5])
-        assert len(request[0].sections["shares"].body) <= (4 * n if not bits else n)
+        assert len(request[0].sections["shares" if bits else "ones"].body) <= (n if bits else n / 8 + 50)
         found = torch.stack([reply.mask("mask").kept for reply in replies.values()]).float().mean(0)
         assert 0.97 < float(found[: n // 2].mean()) < 1
         assert 0 < float(found[n // 2 :].mean()) < 0.03
@@ -585,6 +584,34 @@ def test_fedpm_sends_masks_drawn_by_probabilities_that_begin_where_they_are_told
     assert float(first.std()) > 0.25
     assert FedPM(density=0.3).init(job(small)).probabilities.unique().tolist() == pytest.approx([0.3])
     assert FedPM(density=0.3, start="half").init(job(small)).probabilities.unique().tolist() == [0.5]
+
+
+def test_with_a_density_fedpm_trains_at_that_density(digits, small):
+    """Scores move by one number: their order and distances stay, and masks are as dense as the final one."""
+    p = torch.linspace(0, 1, 1001)
+    for density in (0.3, 0.01):
+        scores = _scores(p, density)
+        assert float(scores.sigmoid().mean()) == pytest.approx(density, rel=1e-4)
+        bound = min(0.01, density / 100)
+        torch.testing.assert_close(scores.diff(), p.clamp(bound, 1 - bound).logit().diff(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_scores(p, None), p.clamp(0.01, 0.99).logit())
+    play = Federation(FedPM(density=0.1, lr=1e-9), small, digits)
+    play.play([0, 1, 2])
+    found = torch.stack([reply.mask("mask").kept for reply in play.play([0, 1, 2, 3, 4, 5])[1].values()])
+    assert float(found.float().mean()) == pytest.approx(0.1, abs=0.01)
+
+
+def test_votes_are_read_as_the_probabilities_that_the_server_has(digits, small):
+    for estimate in ("mode", "mean"):
+        algorithm = FedPM(estimate=estimate, reset=2)
+        play = Federation(algorithm, small, digits)
+        for _ in range(2):
+            play.play([0, 1, 2])
+        message = algorithm.broadcast(play.state, [0])[0]
+        ones, votes = message.integers("ones").double(), message.number("votes")
+        assert same(algorithm._estimated(ones, votes), play.state.probabilities)
+        assert len(message.sections["ones"].body) < small.layout.maskable / 2
+    assert "shares" in FedPM(weighting="examples").broadcast(play.state, [0])[0].sections
 
 
 # ---- reparametrisations

@@ -89,10 +89,10 @@ class FedMask:
     """size of the weights: as drawn (kaiming), or the same in each tensor (constant)"""
     scale: Positive = 0.5
     """bound of the first scores over Xavier's, > 0"""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """by what clients learn scores: SGD as the section local says, or Adam, from zero moments in each round"""
-    lr: Positive = 1.0
-    """learning rate of the scores in all rounds, > 0: their gradients are as small as the weights"""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """by what clients learn scores, from zero moments in each round: Adam, or SGD, whose steps are the smaller the sparser"""
+    lr: Positive = 0.01
+    """learning rate of the scores in all rounds, > 0; with sgd about 1, since gradients are as small as the weights"""
     weighting: Literal["examples", "uniform"] = "examples"
     """weight of a client's mask: its number of training examples, or the same for all"""
 
@@ -106,15 +106,9 @@ class FedMask:
 
     def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:
         """Send each client its mask, with what is common in it."""
-        layout, sections = state.params.layout, {"seed": seed(state.seed)}
-        if not state.merges:
-            return dict.fromkeys(cohort, Message("train", state.round + 1, layout, sections))
-        whole = Message("train", state.round + 1, layout, sections | {"mask": mask(state.masks)})
-        messages = dict.fromkeys(cohort, whole)
-        for client in state.sent.keys() & messages.keys():
-            merged = torch.where(state.common, state.masks.kept, state.sent[client].kept)
-            messages[client] = Message("train", state.round + 1, layout, sections | {"mask": mask(Masks(layout, merged))})
-        return messages
+        if state.merges:
+            return self._messages(state, "train", state.round + 1, cohort, {})
+        return dict.fromkeys(cohort, Message("train", state.round + 1, state.params.layout, {"seed": seed(state.seed)}))
 
     def client_update(self, request: Message, client: Client, mine: Mine | None) -> tuple[Message, Mine]:
         """Learn scores from the mask on, and send the mask that they make."""
@@ -169,16 +163,25 @@ class FedMask:
         return state.params.under(state.masks), state.masks
 
     def evaluation(self, state: State, clients: Sequence[int], epochs: int) -> Mapping[int, Message]:
-        """Ask for an evaluation; who has no mask of its own is to take that of most clients."""
-        sections: dict[str, Section] = {"seed": seed(state.seed), "mask": mask(state.masks), "epochs": number(epochs)}
-        return dict.fromkeys(clients, Message("eval", state.round, state.params.layout, sections))
+        """Ask each client to evaluate the mask that it would start from."""
+        return self._messages(state, "eval", state.round, clients, {"epochs": number(epochs)})
 
     def client_evaluate(self, request: Message, client: Client, mine: Mine | None) -> Message:
-        """Evaluate the weights under the client's own mask; epochs more train these weights."""
-        own = mine is not None and self.merge == "overlap"
-        masks = Masks(client.layout, mine.scores >= 0) if mine is not None and own else request.mask("mask")
+        """Evaluate the weights under that mask; epochs more train these weights."""
+        masks = request.mask("mask")
         params = frozen(client.spec, request.seed("seed"), self.magnitudes).under(masks)
         return request.reply(counts=measured(client, params, masks, int(request.number("epochs"))))
+
+    def _messages(
+        self, state: State, kind: str, round: int, clients: Sequence[int], said: Mapping[str, Section]
+    ) -> dict[int, Message]:
+        """Return each client's own mask, with what is common in it; that of most clients to who has none."""
+        layout, sections = state.params.layout, {"seed": seed(state.seed), **said}
+        messages = dict.fromkeys(clients, Message(kind, round, layout, sections | {"mask": mask(state.masks)}))
+        for client in state.sent.keys() & messages.keys():
+            merged = torch.where(state.common, state.masks.kept, state.sent[client].kept)
+            messages[client] = Message(kind, round, layout, sections | {"mask": mask(Masks(layout, merged))})
+        return messages
 
     def _first(self, layout: Layout, word: int) -> Tensor:
         """Return the scores before anything is learned."""

@@ -2,11 +2,13 @@
 
 With P the maskable weights, p their probabilities and H the binary entropy in bits:
 
-    down  the seed of the weights, 64 bits; the probabilities, 32 P bits, or q P with bits = q; none before the first merge
+    down  the seed of the weights, 64 bits; after the first merge each weight's votes, at most P log2(1 + votes) bits
+          (weighting = examples: probabilities, 32 P bits; with bits = q: q P)
     up    one mask that the client drew                     at most P bits, sum H(p) at best; examples and loss
 
-A client learns scores, of which sigmoid makes probabilities; a mask is drawn anew in each step. The server counts the masks of
-a round: with the prior Beta(1, 1) the mode of the posterior is their mean.
+A client learns scores, of which sigmoid makes probabilities; a mask is drawn anew in each step. With a `density` it first
+moves all scores by one number, so that the probabilities have that mean: masks would else become denser than the final one.
+The server counts the masks of a round: with the prior Beta(1, 1) the mode of the posterior is their mean.
 
 Deviates: Adam's moments begin at zero in each round; in the published code each client keeps them. Biases are zero; the
 published code masks them too, and tests by a mask drawn for each batch; here one is drawn a round (mask = sample), or what is
@@ -33,11 +35,11 @@ from fedsieve.settings import Count, Density, NonNegative, Positive, settings
 from fedsieve.sparsity.select import select
 from fedsieve.streams import Stream, Streams
 from fedsieve.wire.message import Message
-from fedsieve.wire.sections import mask, number, seed
+from fedsieve.wire.sections import integers, mask, number, seed
 from fedsieve.wire.shares import read_shares, shares
 
-LEAST, MOST = 0.01, 0.99
-"""bounds of a probability whose score is taken"""
+BOUND = 0.01
+"""least and, from 1, largest probability whose score is taken; with a density at most a hundredth of it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class FedPM:
     penalty: NonNegative = 0.0
     """times the sum of the probabilities is added to the loss, >= 0"""
     bits: Annotated[int, Field(ge=0, le=16)] = 0
-    """bits down for each probability, in [0, 16] (0: floats)"""
+    """bits down for each probability, in [0, 16] (0: exactly; votes where all weigh alike, else floats)"""
     estimate: Literal["mode", "mean"] = "mode"
     """probability from the posterior Beta(1 + ones, 1 + zeros): ones / votes (mode), (1 + ones) / (2 + votes) (mean)"""
     reset: Count = 1
@@ -99,19 +101,24 @@ class FedPM:
     def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:
         """Send the seed and the probabilities to all."""
         sections = {"seed": seed(state.seed)}
-        if state.merges:
+        if state.merges and self._counted:
+            sections |= {"ones": integers(state.ones.long()), "votes": number(state.votes)}
+        elif state.merges:
             sections["shares"] = shares(state.probabilities, self.bits)
         return dict.fromkeys(cohort, Message("train", state.round + 1, state.params.layout, sections))
 
     def client_update(self, request: Message, client: Client, mine: None) -> tuple[Message, None]:
         """Learn scores from the probabilities on, and send a mask drawn by them."""
         word, layout = request.seed("seed"), client.layout
-        known = "shares" in request.sections
-        before = read_shares(request, "shares", self.bits, layout.maskable) if known else self._first(layout, word)
+        if "ones" in request.sections:
+            before = self._estimated(request.integers("ones").double(), request.number("votes"))
+        elif "shares" in request.sections:
+            before = read_shares(request, "shares", self.bits, layout.maskable)
+        else:
+            before = self._first(layout, word)
         weights = frozen(client.spec, word, self.magnitudes, self.gain)
-        start = Params(layout, torch.cat([before.clamp(LEAST, MOST).logit(), weights.dense]))
         trained = client.train(
-            start,
+            Params(layout, torch.cat([_scores(before, self.density), weights.dense])),
             reparam=BernoulliMask(weights.maskable, self.penalty),
             moves=torch.arange(layout.trainable) < layout.maskable,
             lr=self.lr,
@@ -133,10 +140,8 @@ class FedPM:
             votes += share
         if votes == before:
             return replace(state, round=state.round + 1)
-        found = ones / votes if self.estimate == "mode" else (1 + ones) / (2 + votes)
-        return replace(
-            state, probabilities=found.float(), ones=ones, votes=votes, merges=state.merges + 1, round=state.round + 1
-        )
+        found = self._estimated(ones, votes)
+        return replace(state, probabilities=found, ones=ones, votes=votes, merges=state.merges + 1, round=state.round + 1)
 
     def finalize(self, state: State) -> tuple[Params, Masks]:
         """Return the weights under one mask."""
@@ -150,11 +155,33 @@ class FedPM:
             masks = Masks(layout, state.probabilities >= 0.5)
         return state.params.under(masks), masks
 
+    @property
+    def _counted(self) -> bool:
+        """Whether votes are whole numbers, and sent as such."""
+        return self.weighting == "uniform" and not self.bits
+
+    def _estimated(self, ones: Tensor, votes: float) -> Tensor:
+        """Return the probabilities that votes come to, float32."""
+        return (ones / votes if self.estimate == "mode" else (1 + ones) / (2 + votes)).float()
+
     def _first(self, layout: Layout, word: int) -> Tensor:
         """Return the probabilities before anything is learned."""
         if self.start == "uniform":
             return torch.from_numpy(Streams(word)("probabilities").uniform(layout.maskable)).float()
         return torch.full((layout.maskable,), self.density if self.start == "density" and self.density else 0.5)
+
+
+def _scores(probabilities: Tensor, density: float | None) -> Tensor:
+    """Return scores of probabilities; with a density all moved by one number, so that their probabilities have that mean."""
+    bound = min(BOUND, (density or 1) / 100)
+    scores = probabilities.clamp(bound, 1 - bound).logit()
+    if density is None or density == 1:
+        return scores
+    low, high = -40.0, 40.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((scores + middle).sigmoid().mean()) < density else (low, middle)
+    return scores + high
 
 
 def _drawn(layout: Layout, probabilities: Tensor, stream: Stream) -> Masks:
