@@ -89,6 +89,8 @@ class FedMask:
     """size of the weights: as drawn (kaiming), or the same in each tensor (constant)"""
     scale: Positive = 0.5
     """bound of the first scores over Xavier's, > 0"""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """by what clients learn scores: SGD as the section local says, or Adam, from zero moments in each round"""
     lr: Positive = 1.0
     """learning rate of the scores in all rounds, > 0: their gradients are as small as the weights"""
     weighting: Literal["examples", "uniform"] = "examples"
@@ -130,6 +132,7 @@ class FedMask:
             reparam=ThresholdMask(weights.maskable, penalty=self._penalty(layout)),
             moves=torch.arange(layout.trainable) < layout.maskable,
             lr=self.lr,
+            adam=self.optimizer == "adam",
         )
         learned, found = self._kept(layout, trained.params.maskable, client.stream("ties"))
         reply = request.reply(mask=mask(learned), examples=number(trained.examples), loss=number(trained.loss))

@@ -8,9 +8,9 @@ With P the maskable weights, p their probabilities and H the binary entropy in b
 A client learns scores, of which sigmoid makes probabilities; a mask is drawn anew in each step. The server counts the masks of
 a round: with the prior Beta(1, 1) the mode of the posterior is their mean.
 
-Deviates: clients learn by SGD; the published code has Adam, whose moments each client keeps. Biases are zero; the published
-code masks them too. The published code tests by a mask drawn for each batch; here one is drawn a round (mask = sample), or what
-is likelier than not is kept (threshold). `density` and `penalty` are ours, to compare methods at the same density.
+Deviates: Adam's moments begin at zero in each round; in the published code each client keeps them. Biases are zero; the
+published code masks them too, and tests by a mask drawn for each batch; here one is drawn a round (mask = sample), or what is
+likelier than not is kept (threshold). `density` and `penalty` are ours, to compare methods at the same density.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ class FedPM:
     """constant magnitudes are gain / sqrt(fan_in), > 0 (the published code has e)"""
     start: Literal["density", "half", "uniform"] = "density"
     """first probabilities: `density` (1/2 without one), 1/2, or drawn from [0, 1)"""
-    lr: Positive = 100.0
-    """learning rate of the scores in all rounds, > 0: their gradients are small"""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """by what clients learn scores, from zero moments in each round: Adam, or SGD, for which gradients are very small"""
+    lr: Positive = 0.1
+    """learning rate of the scores in all rounds, > 0; with sgd some hundreds"""
     penalty: NonNegative = 0.0
     """times the sum of the probabilities is added to the loss, >= 0"""
     bits: Annotated[int, Field(ge=0, le=16)] = 0
@@ -113,6 +115,7 @@ class FedPM:
             reparam=BernoulliMask(weights.maskable, self.penalty),
             moves=torch.arange(layout.trainable) < layout.maskable,
             lr=self.lr,
+            adam=self.optimizer == "adam",
         )
         drawn = _drawn(layout, trained.params.maskable.sigmoid(), client.stream("mask"))
         return request.reply(mask=mask(drawn), examples=number(trained.examples), loss=number(trained.loss)), None

@@ -103,6 +103,8 @@ class HideNSeek:
     """bound of the real numbers behind signs at a client's start, over Xavier's, > 0: smaller flips more signs a round"""
     restart: Literal["drawn", "bound"] = "drawn"
     """their size once signs were merged: drawn up to the bound anew each round, or the bound itself"""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """by what clients learn them: SGD as the section local says, or Adam, from zero moments in each round"""
     lr: Positive = 1.0
     """learning rate of the real numbers behind the signs in all rounds, > 0: gradients are as small as the weights"""
     estimator: Estimator = "clipped"
@@ -239,7 +241,7 @@ class HideNSeek:
         plain = parts.ordinary[: client.layout.maskable] if self.exclude_head else None
         moves = torch.where(parts.ordinary, client.lr / self.lr, parts.learned.float())
         reparam = SignMask(weights.maskable, self.estimator, self.clip, scale, plain)
-        return {"reparam": reparam, "moves": moves, "lr": self.lr}
+        return {"reparam": reparam, "moves": moves, "lr": self.lr, "adam": self.optimizer == "adam"}
 
     def _weights(self, spec: ModelSpec, word: int) -> Params:
         return frozen(spec, word, self.magnitudes)

@@ -1,12 +1,15 @@
 """Every method at equal density on non-IID splits: `python -m fedsieve.bench.federated`, part of `make reproduce`.
 
     fashion-dirichlet, fashion-2classes  Fashion-MNIST, 12,000 examples, 20 clients, an MLP with 118,016 weights
-    cifar-dirichlet, cifar-2classes      CIFAR-10, 10,000 examples, 20 clients, LeNet-5 with 61,770 weights
+    cifar-dirichlet, cifar-2classes      CIFAR-10, 5,000 examples, 20 clients, LeNet-5 with 61,770 weights and GroupNorm
+    cifar-batchnorm                      by Dirichlet and with BatchNorm, for the methods that FedTiny is measured against
     phones                               activities from phone sensors, 36 users as they are, an MLP with 22,656 weights
 
-Ten clients a round, evaluation every two rounds, seeds 0 and 1; each method with its own defaults, nothing tuned against test
-examples. A run that is in results/federated already is not repeated, so the study can be stopped and started again. Kept are
-each run's config.toml, summary.json and records.csv; table.md and a figure for each scenario are made of all of them.
+Ten clients a round, seeds 0 and 1, two runs at a time, each on one core. First each method's learning rate is chosen in each
+set of data, on training examples that are held out (`data.validation`), at one density, with a seed and a split of its own:
+tuning.csv. All else are the methods' defaults. A run that is in results/federated already is not repeated, so the study can be
+stopped and started again. Kept are each run's config.toml, summary.json and records.csv; table.md and a page for each scenario
+are made of all of them.
 """
 
 from __future__ import annotations
@@ -14,25 +17,35 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
+from csv import DictReader, DictWriter
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
+from io import StringIO
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedsieve import files
 from fedsieve.bench import study
 from fedsieve.config import Config, from_name
-from fedsieve.errors import FedsieveError
+from fedsieve.errors import Diverged
 from fedsieve.report.table import markdown
-from fedsieve.settings import Data, Engine, Local, Model
+from fedsieve.settings import Data, Engine, Model
 
 FOLDER = Path("results/federated")
 DENSITIES = (0.1, 0.05, 0.01)
 SEEDS = (0, 1)
+TUNING_DENSITY, TUNING_SEED, VALIDATION = 0.05, 100, 0.2
+RATES = (0.03, 0.1, 0.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +55,37 @@ class Scenario:
     name: str
     data: Data
     model: Model
-    local: Local
     rounds: int
+    eval_every: int
     target: float
     """test accuracy in percent"""
+    rates: str
+    """scenario whose learning rates it takes; one that has its own name chooses them"""
+    methods: tuple[str, ...] = ()
+    """names of those that are played; empty: all"""
 
-    def config(self, method: Method, density: float | None, seed: int) -> Config:
+    def config(self, method: Method, density: float | None, seed: int, rate: float) -> Config:
         """Return the config of one run."""
         values = {f"algorithm.{key}": value for key, value in method.settings.items()}
+        values |= {"local.epochs": 2, method.rate: rate}
         if density is not None:
             values["algorithm.density"] = density
         engine = Engine(
-            rounds=self.rounds, cohort=10, seed=seed, workers=2, eval_every=2, eval_clients=36, eval_tune=1, checkpoint_every=20
+            rounds=self.rounds,
+            cohort=10,
+            seed=seed,
+            eval_every=self.eval_every,
+            eval_clients=36,
+            eval_tune=1,
+            checkpoint_every=20,
         )
-        config = from_name(method.algorithm, values)
-        return changed(config, data=self.data, model=self.model, local=changed(self.local, **method.local), engine=engine)
+        return changed(from_name(method.algorithm, values), data=self.data, model=self.model, engine=engine)
+
+    def trial(self, method: Method, rate: float) -> Config:
+        """Return the config of one run that learning rates are chosen by."""
+        config = self.config(method, TUNING_DENSITY if method.sparse else None, TUNING_SEED, rate)
+        engine = changed(config.engine, eval_every=self.rounds, eval_tune=0)
+        return changed(config, data=changed(config.data, validation=VALIDATION), engine=engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +95,12 @@ class Method:
     name: str
     algorithm: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    local: Mapping[str, Any] = field(default_factory=dict)
     sparse: bool = True
     """it is played at each density"""
+    rate: str = "local.lr"
+    """its learning rate"""
+    rates: tuple[float, ...] = RATES
+    """from which it is chosen"""
 
 
 def _fashion(**split: Any) -> Data:
@@ -76,30 +108,34 @@ def _fashion(**split: Any) -> Data:
 
 
 def _cifar(**split: Any) -> Data:
-    return Data(name="cifar10", clients=20, train_limit=10_000, test_limit=4_000, min_examples=10, **split)
+    return Data(name="cifar10", clients=20, train_limit=5_000, test_limit=2_000, min_examples=10, **split)
 
 
 DIRICHLET: dict[str, Any] = {"partition": "dirichlet", "alpha": 0.3}
 TWO_CLASSES: dict[str, Any] = {"partition": "classes", "per_client": 2}
+MLP, LENET, NORMALISED = Model(name="mlp"), Model(name="lenet", norm="group"), Model(name="lenet", norm="batch")
+WISDM = Data(name="wisdm", partition="natural", clients=36)
+HOME = ("fedavg", "snip", "synflow", "prunefl", "feddst", "fedtiny", "fedtiny-erk")
 SCENARIOS = (
-    Scenario("fashion-dirichlet", _fashion(**DIRICHLET), Model(name="mlp"), Local(epochs=2, lr=0.05), 40, 80.0),
-    Scenario("fashion-2classes", _fashion(**TWO_CLASSES), Model(name="mlp"), Local(epochs=2, lr=0.05), 40, 65.0),
-    Scenario("cifar-dirichlet", _cifar(**DIRICHLET), Model(name="lenet"), Local(epochs=2, lr=0.05), 30, 35.0),
-    Scenario("cifar-2classes", _cifar(**TWO_CLASSES), Model(name="lenet"), Local(epochs=2, lr=0.05), 30, 25.0),
-    Scenario(
-        "phones",
-        Data(name="wisdm", partition="natural", clients=36),
-        Model(name="mlp"),
-        Local(epochs=2, lr=0.05),
-        40,
-        70.0,
-    ),
+    Scenario("fashion-dirichlet", _fashion(**DIRICHLET), MLP, 40, 2, 80.0, "fashion-dirichlet"),
+    Scenario("fashion-2classes", _fashion(**TWO_CLASSES), MLP, 40, 2, 65.0, "fashion-dirichlet"),
+    Scenario("cifar-dirichlet", _cifar(**DIRICHLET), LENET, 30, 5, 35.0, "cifar-dirichlet"),
+    Scenario("cifar-2classes", _cifar(**TWO_CLASSES), LENET, 30, 5, 25.0, "cifar-dirichlet"),
+    Scenario("cifar-batchnorm", _cifar(**DIRICHLET), NORMALISED, 30, 5, 35.0, "cifar-dirichlet", HOME),
+    Scenario("phones", WISDM, MLP, 40, 2, 70.0, "phones"),
 )
 METHODS: tuple[Method, ...] = (
     Method("fedavg", "fedavg", sparse=False),
     Method("fedprox", "fedprox", sparse=False),
     Method("scaffold", "scaffold", sparse=False),
     Method("fednova", "fednova", sparse=False),
+    Method("fedavgm", "fedavg", {"server.name": "momentum"}, sparse=False, rate="algorithm.server.lr", rates=(0.1, 0.3, 1.0)),
+    *(
+        Method(
+            f"fed{name}", "fedavg", {"server.name": name}, sparse=False, rate="algorithm.server.lr", rates=(0.003, 0.01, 0.03)
+        )
+        for name in ("adagrad", "adam", "yogi")
+    ),
     Method("progfed", "progfed", sparse=False),
     Method("progfed-equal", "progfed", {"schedule": "equal"}, sparse=False),
     Method("fedsparsify-global", "fedsparsify"),
@@ -112,14 +148,15 @@ METHODS: tuple[Method, ...] = (
     Method("oneshot", "oneshot"),
     Method("lotteryfl", "lotteryfl"),
     Method("sparsyfed", "sparsyfed"),
-    Method("prunefl", "prunefl", {"every": 10}),
-    Method("feddst", "feddst"),
-    Method("fedtiny", "fedtiny", {"stop": 25}),
-    Method("hidenseek", "hidenseek"),
-    Method("fedmask", "fedmask"),
-    Method("fedpm", "fedpm"),
+    Method("prunefl", "prunefl", {"every": 4}),
+    Method("feddst", "feddst", {"every": 4}),
+    Method("fedtiny", "fedtiny", {"every": 3}),
+    Method("fedtiny-erk", "fedtiny", {"every": 3, "layers": "erk"}),
+    Method("hidenseek", "hidenseek", rate="algorithm.lr", rates=(0.03, 0.1, 0.3, 1.0)),
+    Method("fedmask", "fedmask", rate="algorithm.lr", rates=(0.1, 0.3, 1.0, 3.0)),
+    Method("fedpm", "fedpm", rate="algorithm.lr", rates=(1.0, 10.0, 100.0, 1000.0)),
 )
-"""prunefl and fedtiny move their masks as often as 30 or 40 rounds allow; their papers have hundreds"""
+"""those that move their masks do so some ten times in a run: their papers have hundreds of rounds for it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +178,52 @@ class Cell:
         return Path(self.scenario.name, self.name)
 
 
+def played(cell: Cell, seed: int, folder: Path) -> bool:
+    """Whether a run is in the folder."""
+    return (folder / cell.place / f"seed{seed}" / "summary.json").is_file()
+
+
 def cells() -> Iterator[Cell]:
     """Yield the cells of the study, a scenario after another."""
     for scenario in SCENARIOS:
-        for method in METHODS:
+        for method in (each for each in METHODS if each.name in (scenario.methods or [each.name])):
             for density in DENSITIES if method.sparse else (None,):
                 yield Cell(scenario, method, density)
+
+
+class Tuning:
+    """Which learning rate each method has in each set of data: chosen on held-out examples, kept in tuning.csv."""
+
+    HEAD = ("scenario", "method", "rate", "client_accuracy", "accuracy")
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.rows = folder / "tuning.csv", list[dict[str, str]]()
+        with suppress(FileNotFoundError), open(self.path, newline="") as file:
+            self.rows = list(DictReader(file))
+
+    def missing(self, scenario: Scenario, method: Method) -> list[float]:
+        """Return the rates that are still to be tried."""
+        return [rate for rate in method.rates if str(rate) not in self._tried(scenario, method)]
+
+    def add(self, scenario: Scenario, method: Method, rate: float, found: Mapping[str, float]) -> None:
+        """Keep what a trial came to."""
+        values = (scenario.rates, method.name, rate, *(f"{found[key]:.4f}" for key in self.HEAD[3:]))
+        self.rows.append(dict(zip(self.HEAD, map(str, values), strict=True)))
+        text = StringIO()
+        written = DictWriter(text, self.HEAD, lineterminator="\n")
+        written.writeheader()
+        written.writerows(self.rows)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(self.path, text.getvalue())
+
+    def rate(self, scenario: Scenario, method: Method) -> float:
+        """Return the rate with the best mean accuracy over clients, of equals the smallest."""
+        tried = {rate: found for rate, found in self._tried(scenario, method).items() if float(rate) in method.rates}
+        return float(max(sorted(tried, key=float), key=lambda rate: tried[rate]))
+
+    def _tried(self, scenario: Scenario, method: Method) -> dict[str, float]:
+        mine = (row for row in self.rows if (row["scenario"], row["method"]) == (scenario.rates, method.name))
+        return {row["rate"]: float(row["client_accuracy"]) for row in mine}
 
 
 def reached(runs: Sequence[NDArray[np.float64]], target: float) -> tuple[float, float] | None:
@@ -163,6 +240,7 @@ def reached(runs: Sequence[NDArray[np.float64]], target: float) -> tuple[float, 
 HEAD = (
     "method",
     "asked",
+    "lr",
     "density",
     "accuracy %",
     "seeds",
@@ -179,7 +257,7 @@ HEAD = (
 
 def table(scenario: Scenario, folder: Path) -> str:
     """Return the table of a scenario over all runs that are in the folder."""
-    body = []
+    body, tuning = [], Tuning(folder)
     for cell in (cell for cell in cells() if cell.scenario is scenario):
         found = study.summaries(folder / cell.place)
         if not found:
@@ -193,6 +271,7 @@ def table(scenario: Scenario, folder: Path) -> str:
             [
                 cell.method.name,
                 "" if cell.density is None else f"{cell.density:g}",
+                f"{tuning.rate(scenario, cell.method):g}",
                 f"{study.mean(found, 'density'):.4f}",
                 f"{np.mean(accuracies):.1f}",
                 " ".join(f"{accuracy:.1f}" for accuracy in accuracies),
@@ -242,7 +321,7 @@ def draw(scenario: Scenario, folder: Path) -> None:
 
 
 def main(words: Sequence[str] = ()) -> int:
-    """Play what is missing, and write tables and figures after each method."""
+    """Play what is missing, and write tables and pages after each seed."""
     parser = argparse.ArgumentParser("python -m fedsieve.bench.federated", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--limit", type=float, default=float("inf"), help="begin no run after so many seconds; default: none")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"where runs are kept; default: {FOLDER}")
@@ -251,33 +330,70 @@ def main(words: Sequence[str] = ()) -> int:
     )
     known = [scenario.name for scenario in SCENARIOS]
     parser.add_argument("--scenarios", nargs="+", choices=known, metavar="SCENARIO", help="only these")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on a core of its own; default: 2")
     options = parser.parse_args(words)
-    end, failed = time.monotonic() + options.limit, 0
-    for seed in SEEDS:
-        for cell in cells():
-            if time.monotonic() > end:
-                return 1
-            if cell.method.name not in (options.methods or [cell.method.name]):
-                continue
-            if cell.scenario.name not in (options.scenarios or [cell.scenario.name]):
-                continue
-            began = time.monotonic()
-            try:
-                found = study.play(
-                    cell.scenario.config(cell.method, cell.density, seed), options.folder, cell.place / f"seed{seed}"
-                )
-            except FedsieveError as error:
-                failed += 1
-                print(f"{cell.place} seed {seed}: {error}", flush=True)
-                continue
-            if found:
+    asked = [
+        cell
+        for cell in cells()
+        if cell.method.name in (options.methods or [cell.method.name])
+        and cell.scenario.name in (options.scenarios or [cell.scenario.name])
+    ]
+    end, tuning = time.monotonic() + options.limit, Tuning(options.folder)
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        choosers = [scenario for scenario in SCENARIOS if scenario.name in {cell.scenario.rates for cell in asked}]
+        methods = [method for method in METHODS if method.name in {cell.method.name for cell in asked}]
+        untried = [(*pair, rate) for pair in product(choosers, methods) for rate in tuning.missing(*pair)]
+        for (scenario, method, rate), found in _played(pool, options.jobs, _try, untried, end):
+            tuning.add(scenario, method, rate, found)
+        for seed in SEEDS:
+            left = [
+                (cell, seed, tuning.rate(cell.scenario, cell.method), options.folder)
+                for cell in asked
+                if not played(cell, seed, options.folder)
+            ]
+            for (cell, *_), found in _played(pool, options.jobs, _play, left, end):
+                megabytes = (found["bytes_up"] + found["bytes_down"]) / 1e6
+                accuracy, density = found["accuracy"], found["density"]
                 print(
-                    f"{cell.place} seed {seed}: accuracy {found['accuracy']:.4f}, density {found['density']:.4f},"
-                    f" {(found['bytes_up'] + found['bytes_down']) / 1e6:.2f} MB, {time.monotonic() - began:.1f} s",
+                    f"{cell.place} seed {seed}: accuracy {accuracy:.4f}, density {density:.4f}, {megabytes:.2f} MB,"
+                    f" {found['seconds']:.1f} s",
                     flush=True,
                 )
-        report(options.folder)
-    return 1 if failed else 0
+            report(options.folder)
+    return 0 if time.monotonic() < end else 1
+
+
+def _played(
+    pool: Executor, jobs: int, play: Callable[..., Mapping[str, Any]], tasks: Iterable[tuple[Any, ...]], end: float
+) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """Yield tasks and what they came to, as they end; `jobs` at a time, none begun after `end`."""
+    left, going = iter(tasks), dict[Future[Mapping[str, Any]], tuple[Any, ...]]()
+    while True:
+        while len(going) < jobs and time.monotonic() < end and (task := next(left, None)):
+            going[pool.submit(play, *task)] = task
+        if not going:
+            return
+        for done in wait(going, return_when=FIRST_COMPLETED).done:
+            yield going.pop(done), done.result()
+
+
+def _try(scenario: Scenario, method: Method, rate: float) -> dict[str, float]:
+    """Return what a trial of a learning rate came to; 0 if it diverged."""
+    with TemporaryDirectory() as folder:
+        try:
+            summary = scenario.trial(method, rate).run(Path(folder) / "run").summary
+        except Diverged:
+            found = dict.fromkeys(Tuning.HEAD[3:], 0.0)
+        else:
+            found = {"client_accuracy": summary["client_accuracy"]["mean"], "accuracy": summary["accuracy"]}
+    said = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
+    print(f"trial {scenario.name} {method.name} {rate:g}: {said}", flush=True)
+    return found
+
+
+def _play(cell: Cell, seed: int, rate: float, folder: Path) -> Mapping[str, Any]:
+    """Play a run of the study."""
+    return study.play(cell.scenario.config(cell.method, cell.density, seed, rate), folder, cell.place / f"seed{seed}") or {}
 
 
 def report(folder: Path) -> None:

@@ -54,6 +54,7 @@ class Call:
     moves: Tensor | None = None
     reparam: Reparam | None = None
     lr: float | None = None
+    adam: bool = False
     purpose: str = "train"
 
     def alone(self, executor: Executor) -> Trained | FedsieveError:
@@ -66,7 +67,7 @@ class Call:
     @property
     def is_own(self) -> bool:
         """Whether its rule is so much its own that it is trained by itself."""
-        return self.drift is not None or self.moves is not None or self.reparam is not None
+        return self.drift is not None or self.moves is not None or self.reparam is not None or self.adam
 
     def suits(self, other: Call) -> bool:
         """Whether two clients can be trained in one batch: on the same support, by the same rule, for as many epochs."""

@@ -120,12 +120,13 @@ class Executor:
         moves: Tensor | None = None,
         reparam: Reparam | None = None,
         lr: float | None = None,
+        adam: bool = False,
         purpose: str = "train",
     ) -> Trained:
         """Train from `params` on the examples `order` names. See `Client.train`."""
         local, layout = self.local, self.spec.layout
         epochs = local.epochs if epochs is None else epochs
-        usual = momentum is None and drift is None and moves is None and reparam is None
+        usual = momentum is None and drift is None and moves is None and reparam is None and not adam
         form = self._form(masks, params if usual else None)
         bound = form.bound
         support = form.support(masks) if masks is not None else None
@@ -152,6 +153,7 @@ class Executor:
             drift=None if drift is None else form.inward(drift),
             moves=None if moves is None else form.inward(moves.float()),
             reparam=mapped,
+            adam=adam,
         )
         total, predictions, steps = torch.zeros((), device=self.device), 0, 0
         with self._steps(form, optim, streams, purpose) as step:
@@ -452,6 +454,7 @@ class Client:
         moves: Tensor | None = None,
         reparam: Reparam | None = None,
         lr: float | None = None,
+        adam: bool = False,
         spec: ModelSpec | None = None,
         purpose: str = "train",
     ) -> Trained:
@@ -468,6 +471,7 @@ class Client:
                 (layout.trainable,).
             reparam: makes the weights that the network computes with of those that are trained; `params` are the latter.
             lr: learning rate; default: the setting's for this round.
+            adam: move by Adam's rule (Kingma and Ba 2015, arXiv 1412.6980), from zero moments, in place of momentum.
             spec: another network, of which `params` are; default: that of the federation.
             purpose: name of the random streams (order of the examples, dropout); another one for a second training in a round.
 
@@ -483,6 +487,7 @@ class Client:
             "moves": moves,
             "reparam": reparam,
             "lr": lr,
+            "adam": adam,
             "purpose": purpose,
         }
         where = (params, self._train, self._part, self.stream)

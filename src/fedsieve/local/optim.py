@@ -1,8 +1,8 @@
-"""SGD on flat vectors, and the learning rate over the rounds."""
+"""SGD and Adam on flat vectors, and the learning rate over the rounds."""
 
 from __future__ import annotations
 
-from math import cos, isfinite, pi
+from math import cos, isfinite, pi, sqrt
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ def gradient_weight(local: Local, lr: float, steps: int, proximal: float = 0.0) 
     return total
 
 
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""Adam's decay rates, and what is added to the root: as Kingma and Ba propose"""
+
+
 class Sgd:
     """A client's optimiser over the flat trainable vector, or that of several with a row each, in place.
 
@@ -56,6 +60,10 @@ class Sgd:
     The rule is that of Sutskever et al. 2013 in the form common to deep-learning libraries (v starts at the first gradient).
     With a mask, weights and momentum that start on the support stay on it exactly, after every step. If nothing but gradient
     and mask counts, each tensor moves by its own gradient, without a pass through the flat one: bit for bit the same.
+
+    With `adam` the last line is that of Kingma and Ba 2015 (arXiv 1412.6980, algorithm 1), from zero moments:
+
+        m = b1 m + (1 - b1) g;  s = b2 s + (1 - b2) g^2;  w -= lr * moves * m / (1 - b1^t) / (sqrt(s / (1 - b2^t)) + 1e-8)
 
     With a reparametrisation w is what is learned; the network computes with `seen`, which `begin` makes of it before each step.
 
@@ -72,6 +80,7 @@ class Sgd:
             None: all are trained.
         reparam: the map, the vector that the network computes with, shape (trainable,), and how many of its first elements the
             map is for; None: the network computes with the weights themselves.
+        adam: move by Adam's rule; momentum has no say then.
     """
 
     def __init__(
@@ -86,13 +95,18 @@ class Sgd:
         drift: Tensor | None = None,
         moves: Tensor | None = None,
         reparam: tuple[Reparam, Tensor, int] | None = None,
+        *,
+        adam: bool = False,
     ) -> None:
         self._local, self._lr, self._proximal, self._velocity = local, lr, proximal, velocity
         (self._weights, self._weight_views), (self._gradient, self._gradient_views) = weights, gradient
         self._support, self._support_views = support or (self._gradient[..., :0], [])
         self._anchor = self._weights.clone() if proximal else None
         self._drift, self._moves, self._reparam = drift, moves, reparam
-        self._plain = not local.weight_decay and all(term is None for term in (velocity, self._anchor, drift, moves, reparam))
+        self._moments = (torch.zeros_like(self._gradient), torch.zeros_like(self._gradient)) if adam else None
+        self._steps = 0
+        terms = (velocity, self._anchor, drift, moves, reparam, self._moments)
+        self._plain = not local.weight_decay and all(term is None for term in terms)
         self.direct = lr if self._plain else 0.0
         """learning rate at which a layer may move its weights itself, before `move`; 0: it writes its gradients down"""
 
@@ -143,11 +157,18 @@ class Sgd:
             reparam.settle(weights[:n])
 
     def _along(self, gradient: Tensor) -> None:
-        if self._velocity is None:
+        if self._moments is not None:
+            (first, second), self._steps = self._moments, self._steps + 1
+            first.lerp_(gradient, 1 - BETAS[0])
+            second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+            way = first / second.sqrt().div_(sqrt(1 - BETAS[1] ** self._steps)).add_(EPSILON)
+            way = way if self._moves is None else way.mul_(self._moves)
+            self._weights.add_(way, alpha=-self._lr / (1 - BETAS[0] ** self._steps))
+        elif self._velocity is None:
             self._weights.add_(gradient, alpha=-self._lr)
-            return
-        self._velocity.mul_(self._local.momentum).add_(gradient)
-        if self._local.nesterov:
-            self._weights.add_(gradient, alpha=-self._lr).add_(self._velocity, alpha=-self._lr * self._local.momentum)
         else:
-            self._weights.add_(self._velocity, alpha=-self._lr)
+            self._velocity.mul_(self._local.momentum).add_(gradient)
+            if self._local.nesterov:
+                self._weights.add_(gradient, alpha=-self._lr).add_(self._velocity, alpha=-self._lr * self._local.momentum)
+            else:
+                self._weights.add_(self._velocity, alpha=-self._lr)
