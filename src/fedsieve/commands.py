@@ -257,13 +257,16 @@ def report_command(words: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare runs: the settings that differ, a table, and one page with all curves.
+    """Compare runs: a table, and one page with accuracy against megabytes.
+
+    On the page are a mark for each setting (seeds taken together), the Pareto
+    front, and curves: of all, or of the front where there are more than 12.
 
     Example: fedsieve compare runs/dense runs/sparse --out compare.html
     """
 
     folders: Positional[tuple[Path, ...]]
-    """the run folders"""
+    """run folders, or folders that hold runs at any depth"""
     out: Path = Path("compare.html")
     """the page to write (replaced if it exists)"""
 
@@ -626,15 +629,18 @@ def _report(folder: Path) -> Path:
 def _compare(folders: list[Path] | tuple[Path, ...], out: Path) -> None:
     from rich.console import Console
 
-    from fedsieve.report.page import write_comparison
-    from fedsieve.report.records import differences, read, show
+    from fedsieve.report.page import MOST_LINES, write_comparison
+    from fedsieve.report.records import differences, find, groups, read, show
     from fedsieve.report.table import summary_table
 
-    runs = [read(folder) for folder in folders]
-    differing = differences(runs)
-    print("; ".join(f"{key}: {' | '.join(map(show, values))}" for key, values in differing.items()) or "the settings are equal")
-    Console().print(summary_table(runs))
-    print(f"page: {write_comparison(folders, out)}")
+    runs = [read(folder) for folder in find(folders)]
+    if len(runs) > MOST_LINES:
+        print(f"{len(runs)} runs of {len(groups(runs))} settings")
+    else:
+        differing = {key: " | ".join(map(show, values)) for key, values in differences(runs).items()}
+        print("; ".join(f"{key}: {values}" for key, values in differing.items()) or "the settings are equal")
+    Console().print(summary_table(runs, each=len(runs) <= MOST_LINES))
+    print(f"page: {write_comparison([run.folder for run in runs], out)}")
 
 
 def _parsed(kind: type[T], words: list[str], program: str) -> T:

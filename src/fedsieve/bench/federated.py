@@ -38,6 +38,7 @@ from fedsieve import files
 from fedsieve.bench import study
 from fedsieve.config import Config, from_name
 from fedsieve.errors import Diverged
+from fedsieve.report.page import write_comparison
 from fedsieve.report.table import markdown
 from fedsieve.settings import Data, Engine, Model
 
@@ -287,39 +288,6 @@ def table(scenario: Scenario, folder: Path) -> str:
     return markdown([name.format(target=f"{scenario.target:g}") for name in HEAD], body)
 
 
-def draw(scenario: Scenario, folder: Path) -> None:
-    """Draw final accuracy against megabytes carried, a mark for each method and density, into SCENARIO.svg."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    marks = dict(zip((None, *DENSITIES), ("*", "o", "s", "^"), strict=True))
-    with rc_context({"svg.hashsalt": "fedsieve", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8.4, 4.6), layout="constrained")
-        axes = figure.add_subplot(xlabel="megabytes carried, up and down", ylabel="test accuracy (%)", xscale="log")
-        colors = {method.name: f"C{place % 10}" for place, method in enumerate(METHODS)}
-        filled = {method.name: ("full", "none", "left")[place // 10] for place, method in enumerate(METHODS)}
-        for cell in (cell for cell in cells() if cell.scenario is scenario):
-            if found := study.summaries(folder / cell.place):
-                name = cell.method.name
-                axes.plot(
-                    study.mean(found, "bytes_up", "bytes_down") / 1e6,
-                    100 * study.mean(found, "accuracy"),
-                    marks[cell.density],
-                    color=colors[name],
-                    ms=6,
-                    fillstyle=filled[name],
-                    label=name if cell.density in (None, DENSITIES[0]) else None,
-                )
-        axes.grid(color="#dddddd", lw=0.6)
-        shapes = "  ".join(
-            f"{'dense' if density is None else density}: {shape}"
-            for density, shape in zip(marks, ("star", "circle", "square", "triangle"), strict=True)
-        )
-        axes.set_title(f"{scenario.name}: {shapes}", fontsize=9)
-        figure.legend(fontsize=8, frameon=False, loc="outside right center")
-        figure.savefig(folder / f"{scenario.name}.svg", metadata={"Date": None})
-
-
 def main(words: Sequence[str] = ()) -> int:
     """Play what is missing, and write tables and pages after each seed."""
     parser = argparse.ArgumentParser("python -m fedsieve.bench.federated", description=(__doc__ or "").partition("\n")[0])
@@ -397,12 +365,12 @@ def _play(cell: Cell, seed: int, rate: float, folder: Path) -> Mapping[str, Any]
 
 
 def report(folder: Path) -> None:
-    """Write the tables and the figures of all scenarios."""
+    """Write the tables of all scenarios, and a page for each."""
     parts = []
     for scenario in SCENARIOS:
         if any((folder / scenario.name).glob("*/seed*/summary.json")):
             parts.append(f"## {scenario.name}\n\n{table(scenario, folder)}\n")
-            draw(scenario, folder)
+            write_comparison([folder / scenario.name], folder / f"{scenario.name}.html")
     files.replace(folder / "table.md", "\n".join(parts))
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import statistics
 from collections.abc import Sequence
-from csv import DictReader
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedsieve import files
 from fedsieve.config import Config
-from fedsieve.report.records import read
+from fedsieve.report import records
 from fedsieve.report.table import csv
 
 Summary = dict[str, Any]
@@ -33,7 +32,7 @@ def play(config: Config, folder: Path, place: Path) -> Summary | None:
     out = Path("runs") / "studies" / folder.name / place
     result = config.run(out, resume=(out / "config.toml").is_file())
     kept.mkdir(parents=True, exist_ok=True)
-    files.replace(kept / "records.csv", csv(read(out)))
+    files.replace(kept / "records.csv", csv(records.read(out)))
     shutil.copy(out / "config.toml", kept)
     shutil.copy(out / "summary.json", kept)
     shutil.rmtree(out)
@@ -52,10 +51,5 @@ def mean(found: Sequence[Summary], *keys: str) -> float:
 
 def curve(path: Path) -> NDArray[np.float64]:
     """Read a records.csv: megabytes carried so far, seconds so far, test accuracy in percent; shape (3, evaluations)."""
-    with open(path, newline="") as file:
-        rows = list(DictReader(file))
-    carried = np.cumsum([(int(row["bytes_up"]) + int(row["bytes_down"])) / 1e6 for row in rows])
-    seconds = np.cumsum([float(row["seconds"]) for row in rows])
-    evaluated = [place for place, row in enumerate(rows) if row["accuracy"]]
-    accuracy = [100 * float(rows[place]["accuracy"]) for place in evaluated]
-    return np.array([carried[evaluated], seconds[evaluated], accuracy])
+    found = records.curve(records.rounds(path))
+    return np.array([found.megabytes, found.seconds, found.accuracy])

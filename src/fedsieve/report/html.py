@@ -100,6 +100,12 @@ h3{margin:0;font-size:16px;line-height:1.35}
 figcaption p{margin:2px 0 8px;font-size:14px;line-height:1.45;color:var(--muted)}
 svg.plot{display:block;width:100%;height:auto;overflow:visible}
 svg.plot image{image-rendering:pixelated}
+.broad svg.plot{min-width:760px}
+.tradeoff{padding-top:14px;border-top:1px solid var(--rule)}
+.tradeoff h3{font-size:20px}
+.front p{margin:12px 0 4px;font-size:14px;color:var(--muted)}
+.front ol{margin:0;padding:0;list-style:none;columns:2;column-gap:40px}
+.front li{padding:3px 0;break-inside:avoid}
 .none{margin:0;padding:32px 16px;border:1px dashed var(--rule);color:var(--muted);text-align:center}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:15px;line-height:1.4}
@@ -116,8 +122,10 @@ tr.sum td,tr.sum th{font-weight:600;border-bottom:0;border-top:1px solid var(--m
 border-bottom:1px solid var(--rule)}
 .key span{display:inline-flex;align-items:center;gap:7px}
 .mark{display:inline-flex;align-items:center;gap:7px;font-weight:700;margin-right:8px;white-space:nowrap}
+.name{white-space:nowrap}
 .swatch{width:26px;height:10px;flex:none}
 .swatch.box{width:12px;height:12px}
+.swatch.dot{width:16px;height:16px}
 figcaption .phases{display:flex;flex-wrap:wrap;gap:2px 16px;color:var(--ink)}
 .phases span{display:inline-flex;align-items:center;gap:6px}
 details{margin-top:16px}
@@ -128,9 +136,9 @@ code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:
 footer{margin-top:40px;padding-top:12px;border-top:1px solid var(--rule);font-size:13px;color:var(--muted)}
 @media (min-width:801px) and (min-height:600px){.key{position:sticky;top:0;z-index:1}}
 @media (max-width:800px){.columns{grid-template-columns:minmax(0,1fr)}main{padding:20px 16px 32px}h1{font-size:24px}
-.tiles{grid-template-columns:repeat(2,1fr)}.tiles dd.value{font-size:24px}}
+.tiles{grid-template-columns:repeat(2,1fr)}.tiles dd.value{font-size:24px}.front ol{columns:1}}
 @media print{body{font-size:11pt}main{max-width:none;padding:0}section{margin-top:20px}h2,h3{break-after:avoid}
-.key{position:static}}
+.key{position:static}.broad svg.plot{min-width:0}}
 """
 
 
@@ -143,13 +151,18 @@ def section(title: str, parts: Sequence[str], *, columns: bool = True) -> str:
     return f"<section>\n<h2>{text(title)}</h2>\n{found}\n</section>"
 
 
-def figure(title: str, caption: str, drawing: str, above: str = "") -> str:
-    """Return a plot or a table under its title; without a drawing the caption says why there is none."""
+def figure(title: str, caption: str, drawing: str, above: str = "", *, wide: bool = False) -> str:
+    """Return a plot or a table under its title; without a drawing the caption says why there is none.
+
+    A wide one takes the whole width of the page, and is scrolled where that is small.
+    """
     if not drawing:
         return f'<figure><figcaption><h3>{text(title)}</h3></figcaption><p class="none">{text(caption)}</p></figure>'
     if drawing.startswith("<svg "):
         said = text(f"{title}. {caption}")
         drawing = f'<svg class="plot" role="img" aria-label="{said}" {drawing.removeprefix("<svg ")}'
+    if wide:
+        drawing = f'<div class="scroll broad">{drawing}</div>'
     return f"<figure><figcaption><h3>{text(title)}</h3><p>{text(caption)}</p>{above}</figcaption>{drawing}</figure>"
 
 

@@ -7,23 +7,40 @@ are told apart by letters at their ends, not by colour alone. Equal run folders 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from fedsieve.errors import UsageError
 from fedsieve.report.html import figure, page, pairs, section, table, text, tiles, write
-from fedsieve.report.plots import HUES, INK, MUTED, VARIABLES, WIDTH, Line, canvas, coloured, plot, whole_numbers
-from fedsieve.report.records import Outcome, Run, differences, flat, groups, names, number, outcome, read, show
+from fedsieve.report.plots import HUES, INK, MUTED, RULE, VARIABLES, WIDTH, Line, canvas, coloured, plot, whole_numbers
+from fedsieve.report.records import (
+    DENSITY,
+    SEED,
+    Outcome,
+    Run,
+    curve,
+    differences,
+    find,
+    flat,
+    groups,
+    number,
+    outcome,
+    read,
+    short_names,
+    show,
+)
 from fedsieve.report.table import digits, markdown, printable, rows, size, summary_markdown
+from fedsieve.report.tradeoff import DENSE, Setting, draw, front, sizes, swatch
 
 MOST_BARS = 60
 MOST_CLIENTS = 200
 MOST_LOST = 50
+MOST_LINES = 12
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _PHASES = {"train": HUES[0], "masks": HUES[1], "setup": HUES[2], "control": HUES[3], "eval": HUES[5]}
@@ -44,18 +61,19 @@ def write_report(folder: Path) -> Path:
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
-    """Write one page that compares runs to the file `out`; return its path.
+    """Write one page that compares runs, those in the folders at any depth, to the file `out`; return its path.
 
-    Runs that differ only in their seed are drawn as the line of their mean with a band from the least to the greatest.
+    Runs that differ only in their seed are one setting: a mark in the figure of accuracy against megabytes, and in the curves
+    the line of their mean with a band from the least to the greatest. Of more than MOST_LINES settings only those on the
+    Pareto front have curves.
 
     Raises:
-        UsageError: no folder is given, one is no run folder, or `out` cannot be written.
+        UsageError: no folder is given, one holds no run, or `out` cannot be written.
         DataError: a file of a run is damaged.
     """
     if not folders:
         raise UsageError("no run folder was given to compare; name one or more, for example: fedsieve compare runs/a runs/b")
-    runs = [read(folder) for folder in {Path(folder).resolve(): Path(folder) for folder in folders}.values()]
-    write(Path(out), _comparison(runs))
+    write(Path(out), _comparison([read(folder) for folder in find(folders)]))
     return Path(out)
 
 
@@ -80,25 +98,36 @@ def _report(run: Run) -> str:
 
 
 def _comparison(runs: Sequence[Run]) -> str:
-    lines = _lines_of(runs)
+    found = _settings_of(runs)
+    lines = _drawn(found)
+    only = f" Only the {len(lines)} settings on the Pareto front." if len(lines) < len(found) else ""
+    of = f" of {len(found)} settings" if len(runs) > len(found) > 1 else ""
     differing = differences(runs)
-    if not differing:
-        said = "The settings of these runs are the same."
-    else:
-        keys = ", ".join(f"<code>{text(key)}</code>" for key in differing)
-        said = f"These runs differ in {len(differing)} setting{'s' * (len(differing) > 1)}: {keys}."
     shared = [f"{word} {show(flat(runs[0].config)[key])}" for word, key in (("data", "data.name"), ("model", "model.name"))
               if key not in differing and key in flat(runs[0].config)]  # fmt: skip
     parts = [
         f'<header><p class="kicker">{text(" · ".join(["Comparison", *shared]))}</p>'
-        f"<h1>{len(runs)} federated run{'s' * (len(runs) != 1)}</h1><p>{said}</p></header>",
-        section("Results", [_results_html(runs, lines)], columns=False),
+        f"<h1>{len(runs)} federated run{'s' * (len(runs) != 1)}{of}</h1><p>{_differing(runs, differing)}</p></header>",
+        _tradeoff_html(found),
+        section("Results", [_results_html(found)], columns=False),
         _key(lines),
-        section("Accuracy", _accuracy_comparison(lines)),
-        section("Density and communication", [_density_comparison(lines), _phases_comparison(lines)]),
-        section("Settings that differ", [_differences_html(lines)] if differing else [], columns=False),
+        section("Curves", [*_accuracy_comparison(lines, only), _density_comparison(lines, only)]),
+        section("Communication", [_phases_comparison(lines, only)]),
+        section("Settings that differ", [_differences_html(lines, only)] if differing else [], columns=False),
     ]
     return page(f"Comparison of {len(runs)} runs", parts)
+
+
+def _differing(runs: Sequence[Run], differing: dict[str, list[Any]]) -> str:
+    """Return in words what differs; settings that only some methods have are counted, where there are many."""
+    if not differing:
+        return "The settings of these runs are the same."
+    common = set.intersection(*(set(flat(run.config)) for run in runs))
+    named = [key for key in differing if len(differing) <= MOST_LINES or key in common]
+    keys = ", ".join(f"<code>{text(key)}</code>" for key in named)
+    rest = len(differing) - len(named)
+    more = f"{', and ' * bool(named)}{rest} that not all of them have" if rest else ""
+    return f"These runs differ in {len(differing)} setting{'s' * (len(differing) > 1)}: {keys}{more}."
 
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -158,21 +187,21 @@ def _tiles(run: Run, came: Outcome) -> str:
 
 def _accuracy_figures(run: Run) -> list[str]:
     titles = ("Accuracy against round", "Accuracy against megabytes carried")
-    curve = _curve(run)
-    if not curve.accuracy:
+    found = curve(run.rows)
+    if not found.accuracy:
         why = "No round has been evaluated." if run.rows else "No round has been completed."
         return [figure(title, why, "") for title in titles]
-    lines = [Line("test", curve.rounds, curve.accuracy, HUES[0])]
+    lines = [Line("test", found.rounds, found.accuracy, HUES[0])]
     caption = f"{_measured(run)} accuracy of the server's model after each evaluated round."
     clients = [(row["round"], row["client_accuracy"]) for row in run.rows if row.get("client_accuracy")]
-    clients = [(x, found) for x, found in clients if all(number(found.get(key)) is not None for key in ("p10", "mean", "p90"))]
+    clients = [(x, own) for x, own in clients if all(number(own.get(key)) is not None for key in ("p10", "mean", "p90"))]
     if clients:
-        low, middle, high = ([100 * found[key] for _, found in clients] for key in ("p10", "mean", "p90"))
+        low, middle, high = ([100 * own[key] for _, own in clients] for key in ("p10", "mean", "p90"))
         lines.append(Line("clients", [x for x, _ in clients], middle, HUES[1], _DASHES[1], low, high))
         caption += " Dashed: mean over the clients' own examples; band: 10th to 90th percentile of the clients."
     first = figure(titles[0], caption, plot(lines, "round", "accuracy (%)", percent=True, whole=True))
     caption = "The same accuracy against all bytes carried so far, uplink and downlink, without evaluation."
-    second = plot([Line("test", curve.megabytes, curve.accuracy, HUES[0])], "MB up + down", "accuracy (%)", percent=True)
+    second = plot([Line("test", found.megabytes, found.accuracy, HUES[0])], "MB up + down", "accuracy (%)", percent=True)
     return [first, figure(titles[1], caption, second)]
 
 
@@ -398,50 +427,132 @@ def _md(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
-    """The evaluated rounds of a run: accuracy in percent, and what had been spent by then."""
-
-    rounds: list[float]
-    megabytes: list[float]
-    seconds: list[float]
-    accuracy: list[float]
-
-
-def _curve(run: Run) -> Curve:
-    carried = accumulate((row.get("bytes_up", 0) + row.get("bytes_down", 0)) / 1e6 for row in run.rows)
-    spent = accumulate(number(row.get("seconds")) or 0.0 for row in run.rows)
-    points = [
-        (float(row["round"]), megabytes, seconds, 100 * value)
-        for row, megabytes, seconds in zip(run.rows, carried, spent, strict=True)
-        if (value := number(row.get("accuracy"))) is not None
-    ]
-    return Curve(*(list(column) for column in zip(*points, strict=True))) if points else Curve([], [], [], [])
-
-
-@dataclass(frozen=True, slots=True)
 class Group:
-    """Runs that differ only in their seed: one line of a comparison."""
+    """Runs that differ only in their seed: a setting, and a line where it has one."""
 
-    mark: str
-    name: str
+    family: str
+    """name of the method and what it takes besides, without density"""
+    density: Any
+    """as it was asked for; None where that is no setting"""
     runs: list[Run]
     colour: str
-    dash: Any
+    mark: str = ""
+    dash: Any = "-"
+
+    @property
+    def name(self) -> str:
+        """Family, density and how many runs."""
+        asked = "" if self.density is None else f", density {show(self.density)}"
+        return f"{self.family}{asked}" + (f" ({size(self.runs)})" if len(self.runs) > 1 else "")
+
+    def mean(self, key: str) -> float | None:
+        """Return the mean of a number of the outcome, over the runs that have it."""
+        known = [value for value in (getattr(outcome(run), key) for run in self.runs) if value is not None]
+        return mean(known) if known else None
 
 
-def _lines_of(runs: Sequence[Run]) -> list[Group]:
-    together = groups(runs)
-    titles = names([group[0] for group in together], seed=False)
-    return [
-        Group(
-            mark=(chr(ord("A") + i // 26 - 1) if i >= 26 else "") + chr(ord("A") + i % 26),
-            name=title if len(group) == 1 else f"{title} ({size(group)})",
-            runs=group,
-            colour=HUES[i % len(HUES)],
-            dash=_DASHES[i // len(HUES) % len(_DASHES)],
+def _settings_of(runs: Sequence[Run]) -> list[Group]:
+    """Return the settings, those of the greatest accuracy first."""
+    families = groups([group[0] for group in groups(runs)], (SEED, DENSITY))
+    named = dict(zip((id(family[0]) for family in families), short_names([family[0] for family in families]), strict=True))
+    kin = {id(run): family[0] for family in families for run in family}
+    found = [Group(named[id(kin[id(group[0])])], flat(group[0].config).get(DENSITY), group, HUES[0]) for group in groups(runs)]
+    found.sort(key=lambda group: -1.0 if (accuracy := group.mean("accuracy")) is None else accuracy, reverse=True)
+    hues = _hues(found)
+    return [replace(group, colour=hues[group.family]) for group in found]
+
+
+def _hues(found: Sequence[Group]) -> dict[str, str]:
+    """Give the families colours: each one of those used least, and of these the one whose users are farthest off."""
+    places: dict[str, list[tuple[float, float]]] = {}
+    for group in found:
+        carried = (group.mean("bytes_up") or 0.0) + (group.mean("bytes_down") or 0.0)
+        places.setdefault(group.family, []).append((math.log(1 + carried), 10 * (group.mean("accuracy") or 0.0)))
+    hues: dict[str, str] = {}
+    for family, own in places.items():
+        users = {hue: [other for other, taken in hues.items() if taken == hue] for hue in HUES}
+        least = min(map(len, users.values()))
+        away = {
+            hue: min((math.dist(a, b) for other in users[hue] for a in own for b in places[other]), default=math.inf)
+            for hue in HUES
+            if len(users[hue]) == least
+        }
+        hues[family] = max(away, key=lambda hue: away[hue])
+    return hues
+
+
+def _marked(found: Sequence[Group]) -> list[tuple[Group, Setting]]:
+    """Return the settings that have an accuracy and bytes, each as a mark."""
+    marked = []
+    for group in found:
+        known = [(100 * came.accuracy, came) for came in map(outcome, group.runs) if came.accuracy is not None]
+        carried = mean((came.bytes_up + came.bytes_down) / 1e6 for _, came in known) if known else 0.0
+        if carried > 0:
+            scores = [score for score, _ in known]
+            density = number(group.density)
+            if density is None:
+                density = float(f"{mean(1.0 if came.density is None else came.density for _, came in known):.2g}")
+            mark = Setting(group.family, group.colour, density, carried, mean(scores), min(scores), max(scores))
+            marked.append((group, mark))
+    return marked
+
+
+def _drawn(found: Sequence[Group]) -> list[Group]:
+    """Return the settings that have curves, with their letters and dashes."""
+    drawn = list(found)
+    if len(found) > MOST_LINES:
+        marked = _marked(found)
+        best = {id(marked[i][0]) for i in front([mark for _, mark in marked])}
+        drawn = [group for group in found if not marked or id(group) in best][:MOST_LINES]
+    used: dict[str, int] = {}
+    lines = []
+    for i, group in enumerate(drawn):
+        used[group.colour] = used.get(group.colour, -1) + 1
+        lines.append(replace(group, mark=chr(ord("A") + i), dash=_DASHES[used[group.colour] % len(_DASHES)]))
+    return lines
+
+
+def _tradeoff_html(found: Sequence[Group]) -> str:
+    """Return the figure of all settings, and the front in words."""
+    title, marked = "Accuracy against megabytes", _marked(found)
+    if not marked:
+        return ""
+    marks = [mark for _, mark in marked]
+    log = _far_apart([mark.megabytes for mark in marks], 20)
+    caption = "A mark for each setting where it ended: up and to the left is better. Names in bold are on the Pareto front."
+    caption += " A thin line joins the densities of one method." if len({mark.name for mark in marks}) < len(marks) else ""
+    if any(len(group.runs) > 1 for group, _ in marked):
+        caption += " Marks are means over the seeds; a bar goes from the least to the greatest."
+    if absent := len(found) - len(marked):
+        caption += f" Without an accuracy, and not drawn: {absent} of {len(found)}."
+    if stopped := sum(outcome(run).status != "done" for group, _ in marked for run in group.runs):
+        caption += f" {stopped} of the runs did not end as done and count up to where they stopped."
+    best = [marked[i] for i in front(marks)]
+    each = "".join(
+        f"<li><b>{text(group.name)}</b>: {digits(mark.accuracy, 'percent')} % for {digits(mark.megabytes)} MB</li>"
+        for group, mark in best
+    )
+    said = f"<p>The Pareto front: no other setting has as much accuracy for as few megabytes.</p><ol>{each}</ol>"
+    drawing = figure(title, caption, draw(marks, log=log), _density_key(marks), wide=True)
+    return f'<section class="tradeoff">{drawing}<div class="front">{said}</div></section>'
+
+
+def _density_key(marks: Sequence[Setting]) -> str:
+    diameters = sizes(marks)
+    shown = list(diameters.items())
+    if len(shown) > 6:
+        shown = [shown[i * (len(shown) - 1) // 5] for i in range(6)]
+    keys = [(swatch(density, size), digits(density, "share")) for density, size in shown]
+    keys += [(swatch(1.0, 0.0), "dense")] * any(mark.density >= DENSE for mark in marks)
+    step = f'<path d="M0 14V5H16" fill="none" style="stroke: {coloured(RULE)}" stroke-width="6"/>'
+    return (
+        '<p class="phases"><span>density</span>'
+        + "".join(
+            f'<span><svg class="swatch dot" viewBox="0 0 16 16" aria-hidden="true">{drawing}</svg>{word}</span>'
+            for drawing, word in [*keys, (step, "Pareto front")]
         )
-        for i, (group, title) in enumerate(zip(together, titles, strict=True))
-    ]
+        + "</p>"
+    )
 
 
 def _mark(line: Group) -> str:
@@ -456,67 +567,75 @@ def _key(lines: Sequence[Group]) -> str:
     return '<div class="key">' + "".join(f"<span>{_mark(line)} {text(line.name)}</span>" for line in lines) + "</div>"
 
 
-def _results_html(runs: Sequence[Run], lines: Sequence[Group]) -> str:
-    found = rows(runs, each=False)
-    head = [column for column in found[0] if column != "folder"]
-    body = [
-        [f'<span class="mark">{_mark(line)}</span>{text(row["method"])}', *(text(row[column]) for column in head[1:])]
-        for line, row in zip(lines, found, strict=True)
-    ]
+def _results_html(found: Sequence[Group]) -> str:
+    runs = [run for group in found for run in group.runs]
+    letters = {id(line.runs): line for line in _drawn(found)}
+    cells = rows(runs, each=False)
+    columns = [column for column in cells[0] if column not in ("method", "folder")]
+    asked = any(group.density is not None for group in found)
+    several = len(runs) > len(found)
+    head = ["method", *["density asked"] * asked, *["seeds"] * several, *columns]
+    body = []
+    for group, row in zip(found, cells, strict=True):
+        mark = f'<span class="mark">{_mark(letters[id(group.runs)])}</span>' if id(group.runs) in letters else ""
+        body.append(
+            [
+                f'<span class="name">{mark}{text(group.family)}</span>',
+                *[text(show(group.density))] * asked,
+                *[str(len(group.runs))] * several,
+                *(text(row[column]) for column in columns),
+            ]
+        )
     every = [row for row in rows(runs) if row["folder"]]
-    cells = [[text(row["method"]), *(text(cell) for cell in list(row.values())[1:])] for row in every]
-    states = [text(outcome(run).status) for line in lines for run in line.runs]
-    cells = [[*row[:1], state, *row[1:]] for row, state in zip(cells, states, strict=True)]
-    columns = ["run", "status", *list(every[0])[1:]]
-    unfinished = [run for run in runs if outcome(run).status != "done"]
+    each = [[text(row["method"]), *(text(cell) for cell in list(row.values())[1:])] for row in every]
+    each = [[*row[:1], text(outcome(run).status), *row[1:]] for row, run in zip(each, runs, strict=True)]
+    titles = ["run", "status", *list(every[0])[1:]]
+    unfinished = sum(outcome(run).status != "done" for run in runs)
     warning = (
-        f"<p>{len(unfinished)} of the {len(runs)} runs did not end as done: see the status of each run.</p>"
-        if unfinished
-        else ""
+        f"<p>{unfinished} of the {len(runs)} runs did not end as done: see the status of each run.</p>" if unfinished else ""
     )
+    note = "<p>Means over the seeds ± their sample standard deviation.</p>" if several else ""
     return (
-        f"{table([text(c) for c in head], body)}{warning}"
-        f"<details><summary>Each run</summary>{table(columns, cells, words=(0, 1, len(columns) - 1))}</details>"
+        f"{table([text(c) for c in head], body)}{note}{warning}"
+        f"<details><summary>Each run</summary>{table(titles, each, words=(0, 1, len(titles) - 1))}</details>"
     )
 
 
-def _accuracy_comparison(lines: Sequence[Group]) -> list[str]:
+def _accuracy_comparison(lines: Sequence[Group], only: str) -> list[str]:
+    """Return the curves; `only` says which settings they are of, if not of all."""
     band = " Line: mean over the seeds; band: least to greatest." if any(len(line.runs) > 1 for line in lines) else ""
-    log = _far_apart([curve.megabytes[-1] for line in lines for run in line.runs if (curve := _curve(run)).accuracy])
+    band += only
+    log = _far_apart([own.megabytes[-1] for line in lines for run in line.runs if (own := curve(run.rows)).accuracy])
     scale = " Log scale." if log else ""
     figures = []
     for kind, axis, caption in (
-        ("rounds", "round", "Test accuracy of the server's model at its evaluated rounds." + band),
+        ("rounds", "round", "Accuracy of the server's model at its evaluated rounds." + band),
         ("megabytes", "MB up + down", "All bytes carried so far, without evaluation." + scale + band),
         ("seconds", "seconds", "Wall time of the rounds, each on the machine of its run." + band),
     ):
         drawn = [line for line in (_merged(group, kind) for group in lines) if line is not None]
-        title = f"Accuracy against {'round' if kind == 'rounds' else kind}"
+        title = {"rounds": "Accuracy against round", "megabytes": "Accuracy against megabytes carried so far"}.get(kind)
         if not drawn:
             return [figure("Accuracy", "No run has been evaluated.", "")]
         svg = plot(drawn, axis, "accuracy (%)", percent=True, whole=kind == "rounds", logx=log and kind == "megabytes")
-        figures.append(figure(title, caption, svg))
-        if kind == "megabytes":
-            ends = [replace(line, x=line.x[-1:], y=line.y[-1:], low=None, high=None) for line in drawn]
-    caption = "Where each run ended: up and to the left is better." + (" Mean over the seeds." if band else "") + scale
-    svg = plot(ends, "MB up + down", "accuracy (%)", percent=True, logx=log)
-    return [*figures, figure("Last accuracy against megabytes", caption, svg)]
+        figures.append(figure(title or "Accuracy against seconds", caption, svg))
+    return figures
 
 
-def _far_apart(values: Sequence[float]) -> bool:
-    """Return whether the values are positive and span more than a factor of ten, so that a log scale shows them better."""
-    return bool(values) and 0 < 10 * min(values) < max(values)
+def _far_apart(values: Sequence[float], factor: float = 10) -> bool:
+    """Return whether the values are positive and span more than this factor, so that a log scale shows them better."""
+    return bool(values) and 0 < factor * min(values) < max(values)
 
 
 def _merged(group: Group, kind: str) -> Line | None:
     """Return the mean and band over the runs, at the rounds that were evaluated in all of them that were evaluated."""
-    curves = [curve for curve in map(_curve, group.runs) if curve.accuracy]
+    curves = [own for own in (curve(run.rows) for run in group.runs) if own.accuracy]
     if not curves:
         return None
-    common = sorted(set.intersection(*(set(curve.rounds) for curve in curves)))
-    at = [[curve.rounds.index(number) for number in common] for curve in curves]
-    xs = [[getattr(curve, kind)[i] for i in where] for curve, where in zip(curves, at, strict=True)]
-    ys = [[curve.accuracy[i] for i in where] for curve, where in zip(curves, at, strict=True)]
+    common = sorted(set.intersection(*(set(own.rounds) for own in curves)))
+    at = [[own.rounds.index(number) for number in common] for own in curves]
+    xs = [[getattr(own, kind)[i] for i in where] for own, where in zip(curves, at, strict=True)]
+    ys = [[own.accuracy[i] for i in where] for own, where in zip(curves, at, strict=True)]
     return _mean_line(group, [mean(x) for x in zip(*xs, strict=True)], ys) if common else None
 
 
@@ -526,7 +645,7 @@ def _mean_line(group: Group, x: list[float], ys: Sequence[list[float]]) -> Line:
     return Line(group.mark, x, [mean(c) for c in columns], group.colour, group.dash, *band)
 
 
-def _density_comparison(lines: Sequence[Group]) -> str:
+def _density_comparison(lines: Sequence[Group], only: str) -> str:
     drawn = []
     for group in lines:
         found = [{float(r["round"]): d for r in run.rows if (d := number(r.get("density"))) is not None} for run in group.runs]
@@ -537,12 +656,12 @@ def _density_comparison(lines: Sequence[Group]) -> str:
     if not drawn:
         return figure("Density over the rounds", "No density was recorded.", "")
     log = _far_apart([y for line in drawn for y in line.y])
-    caption = "Share of the prunable weights that are kept after each round." + " Log scale." * log
+    caption = "Share of the prunable weights that are kept after each round." + " Log scale." * log + only
     svg = plot(drawn, "round", "density", whole=True, logy=log)
     return figure("Density over the rounds", caption, svg)
 
 
-def _phases_comparison(lines: Sequence[Group]) -> str:
+def _phases_comparison(lines: Sequence[Group], only: str) -> str:
     bars = [
         (f"{group.mark} {way}", {phase: mean(_total(run, [phase], way) for run in group.runs) for phase in _PHASES})
         for group in lines
@@ -565,11 +684,11 @@ def _phases_comparison(lines: Sequence[Group]) -> str:
         axes.set_yticks(spots, [name for name, _ in bars], fontsize=11, color=INK)
         axes.grid(visible=False, axis="y")
     several = " (mean over the seeds)" if any(len(group.runs) > 1 for group in lines) else ""
-    caption = f"All messages of the whole run{several}. The number at each bar is its sum without evaluation."
+    caption = f"All messages of the whole run{several}. The number at each bar is its sum without evaluation.{only}"
     return figure("Megabytes carried, by phase", caption, drawing.svg, _phase_key(used))
 
 
-def _differences_html(lines: Sequence[Group]) -> str:
+def _differences_html(lines: Sequence[Group], only: str) -> str:
     ordered = [run for line in lines for run in line.runs]
     body = []
     for key, values in differences(ordered).items():
@@ -577,7 +696,7 @@ def _differences_html(lines: Sequence[Group]) -> str:
         cells = [", ".join(dict.fromkeys(show(next(given)) for _ in line.runs)) for line in lines]
         body.append([f"<code>{text(key)}</code>", *map(text, cells)])
     head = ["setting", *(f'<span class="mark">{_mark(line)}</span>' for line in lines)]
-    return table(head, body, words=range(len(head)))
+    return f"<p>{text(only.strip())}</p>" * bool(only) + table(head, body, words=range(len(head)))
 
 
 def _shorten(name: str, length: int) -> str:

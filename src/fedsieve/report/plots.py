@@ -39,13 +39,13 @@ class Line:
 class Canvas:
     """A figure whose axes are placed by margins in the units of the view box."""
 
-    def __init__(self, figure: Figure, height: float) -> None:
-        self.figure, self.height, self.svg = figure, height, ""
+    def __init__(self, figure: Figure, height: float, width: float) -> None:
+        self.figure, self.height, self.width, self.svg = figure, height, width, ""
 
     def axes(self, *, left: float, right: float, bottom: float, top: float) -> Axes:
         """Add axes that leave these margins."""
-        place = (left / WIDTH, bottom / self.height, (WIDTH - left - right) / WIDTH, (self.height - bottom - top) / self.height)
-        return self.figure.add_axes(place)
+        across, up = self.width - left - right, self.height - bottom - top
+        return self.figure.add_axes((left / self.width, bottom / self.height, across / self.width, up / self.height))
 
 
 _LOOK: dict[Any, Any] = {
@@ -68,7 +68,7 @@ _LOOK: dict[Any, Any] = {
 
 
 @contextlib.contextmanager
-def canvas(height: float) -> Iterator[Canvas]:
+def canvas(height: float, width: float = WIDTH) -> Iterator[Canvas]:
     """Give a canvas to draw on; its `svg` is there once the block has ended. A user's matplotlibrc has no say."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def canvas(height: float) -> Iterator[Canvas]:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's browser brings the fonts
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_LOOK)
-        drawing = Canvas(Figure(figsize=(WIDTH / 72, height / 72), facecolor="none"), height)
+        drawing = Canvas(Figure(figsize=(width / 72, height / 72), facecolor="none"), height, width)
         yield drawing
         text = io.StringIO()
         drawing.figure.savefig(text, format="svg", metadata={"Date": None})
@@ -131,7 +131,7 @@ def plot(
             )
         axes.set_xlabel(xlabel)
         axes.set_title(ylabel, loc="left", fontsize=13, color=MUTED, pad=8, x=-48 / (axes.get_position().width * WIDTH))
-        _scale(axes, logx=logx, logy=logy, whole=whole)
+        scale(axes, logx=logx, logy=logy, whole=whole)
         if percent:
             bottom, top = axes.get_ylim()
             axes.set_ylim(max(bottom, 0), min(top, 100.5))
@@ -142,7 +142,7 @@ def plot(
     return drawing.svg
 
 
-def _scale(axes: Axes, *, logx: bool, logy: bool, whole: bool) -> None:
+def scale(axes: Axes, *, logx: bool = False, logy: bool = False, whole: bool = False) -> None:
     """Set the scales and plain numbers at few ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
