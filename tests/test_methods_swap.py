@@ -52,7 +52,7 @@ from fedsieve.wire.versions import Versions
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOCAL = Local(epochs=1, batch=16, lr=0.1, momentum=0.5, weight_decay=0.01)
-MOVERS = [FedTiny(density=0.2, every=2), FedDST(density=0.2, every=2), PruneFL(density=0.2, every=2, initial=2)]
+MOVERS = [FedTiny(density=0.2, every=2, stop=100), FedDST(density=0.2, every=2), PruneFL(density=0.2, every=2, initial=2)]
 movers = pytest.mark.parametrize("algorithm", MOVERS, ids=lambda each: type(each).__name__)
 
 
@@ -344,9 +344,28 @@ def test_places_that_were_not_asked_for_are_refused(name):
         algorithm.read(state, wrong)
 
 
+@pytest.mark.parametrize(
+    "algorithm", [FedTiny(density=0.5, pool=1, every=2, alpha=0.5), FedDST(density=0.5, every=2, alpha=0.5)]
+)
+def test_the_share_falls_to_nothing_by_the_last_round_or_by_stop(algorithm):
+    """Of 400 kept weights 0.25 (1 + cos(pi t / last)) are exchanged, rounded down."""
+    layout = sized(800)
+
+    def moves(rounds, **settings):
+        chosen = replace(algorithm, **settings)
+        state = chosen.init(job_of(layout, Params.zeros(layout), rounds=rounds))
+        found = {t: chosen._swaps(replace(state, round=t - 1)).get("w0", 0) for t in range(1, rounds + 1)}
+        return {t: count for t, count in found.items() if count}
+
+    assert moves(6) == {2: 150, 4: 50}  # cos of pi / 3 and of 2 pi / 3
+    assert moves(12) == {2: 186, 4: 150, 6: 100, 8: 50, 10: 13}
+    assert moves(12, stop=6) == moves(6)
+    assert moves(6, stop=12) == {2: 186, 4: 150}  # in the last round, the sixth, masks stand whatever the share is
+
+
 def test_blocks_take_turns_from_the_output_to_the_input():
     layout = Layout.of([Slot(f"w{i}", (20,), Kind.WEIGHT, True, block) for i, block in enumerate((0, 0, 1, 3))])
-    algorithm = FedTiny(density=0.5, pool=1, every=2)
+    algorithm = FedTiny(density=0.5, pool=1, every=2, stop=100)
     state = algorithm.init(job_of(layout, Params.zeros(layout), rounds=13))
     turns = {t: set(algorithm._swaps(replace(state, round=t - 1))) for t in range(1, 14)}
     expected = {2: {"w3"}, 4: {"w2"}, 6: {"w0", "w1"}, 8: {"w3"}, 10: {"w2"}, 12: {"w0", "w1"}}
