@@ -319,6 +319,28 @@ def test_oneshot_prunes_once(digits, small):
     assert late.rows[0]["bytes_up"] > 5 * late.rows[-1]["bytes_up"]
 
 
+def test_oneshot_leaves_no_tensor_without_weights(small):
+    """A first layer of small weights is emptied by a ranking over the network; the guard keeps its largest and says so."""
+    start = Params(small.layout, small.initial("glorot", Streams(3)).flat.clone())
+    first, last = (small.layout.masked_slots[place].name for place in (0, -1))
+    start[first].mul_(1e-3)
+    for floor, schedule in ((0, "oneshot"), (1, "oneshot"), (7, "oneshot"), (7, "cubic")):
+        algorithm = OneShot(density=0.05, at=2 * (schedule == "oneshot"), floor=floor, schedule=schedule)
+        state, said = algorithm.init(Job(small, start, 3, 1, Streams(3))), []
+        for _ in range(3):
+            state = algorithm.aggregate(state, [(0, (state.params, 1.0))])
+            said.append(list(state.events))
+        told = f"{first} keeps {floor} of 1024 weights, as few as the guard allows"
+        assert said == ([[], [told], []] if schedule == "oneshot" else [[], [], [told]])  # round 2 leaves 200
+        masks = state.versions.masks
+        assert masks.counts() == {first: floor, last: 59 - floor}
+        assert masks[first].flatten().nonzero().flatten().tolist() == sorted(
+            start[first].abs().flatten().topk(floor).indices.tolist()
+        )
+    with pytest.raises(UsageError, match=r"algorithm\.density = 0\.05 keeps 59 .* algorithm\.floor = 30 asks for 60"):
+        OneShot(density=0.05, floor=30).init(Job(small, start, 3, 1, Streams(3)))
+
+
 def test_oneshot_prunes_when_somebody_answers(three, vector):
     algorithm = OneShot(density=0.34, at=1)
     state = algorithm.aggregate(algorithm.init(job_of(three)), [])

@@ -12,7 +12,8 @@ The server averages the saliencies and keeps the highest of the whole network.
 
 Deviates: saliencies are averaged by examples, as weights are; the published code averages saliencies alike (weighting = uniform
 does so with both). The first cohort is asked; the published code asks all clients. A tensor keeps at least one weight (floor =
-0: none, as published), and exactly as many are kept as asked; the published code keeps ties.
+0: none, as published), so that none is cut off; that does not protect accuracy, for a layer of one weight passes next to
+nothing. Exactly as many are kept as asked; the published code keeps ties.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Literal
 import torch
 
 from fedsieve.aggregate.mean import WeightedMean
-from fedsieve.algorithms.base import Job, weight
+from fedsieve.algorithms.base import Job, check_floor, weight
 from fedsieve.errors import UsageError
 from fedsieve.local.executor import Client
 from fedsieve.params import Masks, Params
@@ -73,12 +74,7 @@ class Ssfl:
         layout = job.layout
         if not layout.maskable:
             raise UsageError("the model has no maskable weight: see model.maskable and model.dense.")
-        keep, least = round(self.density * layout.maskable), sum(min(self.floor, s.numel) for s in layout.masked_slots)
-        if keep < max(1, least):
-            raise UsageError(
-                f"algorithm.density = {self.density} keeps {keep} of {layout.maskable} weights, algorithm.floor = {self.floor} "
-                f"asks for {max(1, least)}: raise the one or lower the other."
-            )
+        check_floor(layout, round(self.density * layout.maskable), self.density, self.floor)
         return State(job.start, None, 0, job.clients, job.streams)
 
     def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:
