@@ -568,6 +568,20 @@ def test_what_is_learned_is_averaged_zeros_included_and_the_union_stays(three):
         algorithm.read(state, sent(three, (1, 0, 1), (1, 0, 1)))
 
 
+def test_a_union_of_all_weights_is_pruned_to_the_density_too():
+    """Two clients keep one diagonal each of a 2 x 2 weight; of the means 2, 1, -1/2, 1.5 the first and the last are largest."""
+    layout = Layout.of([Slot("w", (2, 2), Kind.WEIGHT, True, 0), Slot("b", (1,), Kind.BIAS, False, 0)])
+    algorithm = SparsyFed(density=0.5, beta=1)
+    state = algorithm.init(job_of(layout, clients=2))
+    assert algorithm.finalize(state)[1].density == 1  # nobody answered yet
+    apart = [sent(layout, (4, 0, 0, 3), (1, 0, 0, 1)), sent(layout, (0, 2, -1, 0), (0, 1, 1, 0))]
+    state = algorithm.aggregate(state, [(c, algorithm.read(state, told(m, layout))) for c, m in enumerate(apart)])
+    assert state.versions.masks.density == 1
+    params, masks = algorithm.finalize(state)
+    assert masks.kept.tolist() == [True, False, False, True]
+    assert params.flat.tolist() == [2, 0, 0, 1.5, 0]
+
+
 @pytest.mark.parametrize("beta", [1.0, 1.25])
 def test_pruned_weights_stay_pruned_above_one(beta, digits, small):
     algorithm, unions = SparsyFed(density=0.1, beta=beta, final="union"), []

@@ -134,7 +134,7 @@ class SparsyFed:
     def finalize(self, state: State) -> tuple[Params, Masks]:
         """Return the global model: dense before the first answers, then pruned to `density`, or the union."""
         masks = state.versions.masks
-        if self.final == "pruned" and state.versions.version > 1:
+        if self.final == "pruned" and bool(state.versions.held.any()):  # a union of all weights is version 1 still
             ties = state.streams.at(round=state.round)("final")
             masks = self._pruned(state.params, masks, ties)
         return state.params.under(masks), masks
