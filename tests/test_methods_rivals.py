@@ -46,7 +46,8 @@ from fedsieve.local.executor import Client, Executor, Metrics, Trained
 from fedsieve.params import Kind, Slot
 from fedsieve.reparam.power import Power
 from fedsieve.sparsity.allocate import allocate
-from fedsieve.wire.sections import dense, mask, number, values
+from fedsieve.wire.sections import mask, number, values
+from fedsieve.wire.sections import vector as numbers
 from fedsieve.wire.versions import Known
 
 LOCAL = Local(batch=16, lr=0.1, momentum=0.5)
@@ -245,13 +246,8 @@ def test_settings_that_cannot_be_used_are_refused(three):
 
 
 def scored(layout, scores, examples, *, peak=1.0, wire="fp32"):
-    flat = torch.tensor([*scores, 0.0])
-    return Message(
-        "setup",
-        1,
-        layout,
-        {"scores": dense(Params(layout, flat), wire), "peak": number(peak), "examples": number(examples)},
-    )
+    sent = torch.tensor(scores, dtype={"fp32": torch.float32, "fp16": torch.float16}[wire])
+    return Message("setup", 1, layout, {"scores": numbers(sent), "peak": number(peak), "examples": number(examples)})
 
 
 def test_saliencies_are_averaged_by_examples(three):
@@ -286,6 +282,9 @@ def test_hostile_saliencies_are_refused(three):
             algorithm.read(state, reply)
     with pytest.raises(WireError, match="not finite"):
         algorithm.read(state, scored(three, (1e30, 1, 1), 1, peak=1e30))
+    for scores in ((1, 1), (1, 1, 1, 1)):
+        with pytest.raises(WireError, match=f"{len(scores)} saliencies of 3 weights"):
+            algorithm.read(state, scored(three, scores, 1))
 
 
 def test_saliencies_of_16_bits_are_half_the_bytes(digits, small):
@@ -297,8 +296,8 @@ def test_saliencies_of_16_bits_are_half_the_bytes(digits, small):
         sizes[wire] = result.rows[0]["phases"]["setup"]["up"]
         assert "setup" not in result.rows[1]["phases"]
         assert set(result.rows[1]["phases"]) == {"train"}
-    assert 6 * 4 * small.layout.size < sizes["fp32"] < 6 * (4 * small.layout.size + 150)
-    assert sizes["fp32"] - sizes["fp16"] == pytest.approx(6 * 2 * small.layout.size, abs=24)
+    assert sizes["fp32"] - sizes["fp16"] == 6 * 2 * small.layout.maskable
+    assert 6 * 4 * small.layout.maskable < sizes["fp32"] < 6 * (4 * small.layout.maskable + 100)  # biases are not sent
 
 
 # ---- OneShot and Random
