@@ -212,6 +212,30 @@ def test_flops_of_growing_are_one_dense_weight_gradient_of_the_block(digits, sma
     assert executor.flops == 16 * (2 * small.density_flops(masks) + 2 * 16 * 10)
 
 
+def test_flops_of_the_choice_are_forward_passes_over_all_examples(digits, small):
+    """Of 1184 weights 237 are kept; 240 examples go forward once for each of 3 candidates; an epoch is 3 times as much."""
+    engine = Engine(rounds=2, eval_clients=0)
+    rows = fit(FedTiny(density=0.2, pool=3), model=small, data=digits, local=LOCAL, engine=engine).rows
+    assert [row["flops"] for row in rows] == [240 * 2 * 237 * (3 + 3), 240 * 2 * 237 * 3]
+
+
+def test_flops_of_statistics_and_of_losses_are_counted_but_not_those_of_tests(digits):
+    spec = network("batch")
+    client, masks, params = client_of(spec, digits), some(spec.layout, 0.5), spec.initial("kaiming", Streams(0))
+    forward, executor = spec.density_flops(masks), client._executor
+    for batches, seen in ((None, client.examples), (1, 16)):
+        executor.flops = 0
+        client.statistics(params, masks, batches=batches)
+        assert executor.flops == seen * forward
+    executor.flops = 0
+    client.evaluate_training(params, masks)
+    assert executor.flops == client.examples * forward
+    client.evaluate_training(params)
+    assert executor.flops == client.examples * (forward + sum(spec.flops.values()))
+    client.evaluate(params, masks)
+    assert executor.flops == client.examples * (forward + sum(spec.flops.values()))
+
+
 # ---- how many, and how much memory
 
 
