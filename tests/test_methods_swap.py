@@ -40,7 +40,7 @@ from fedsieve.algorithms.fedtiny import FedTiny
 from fedsieve.algorithms.prunefl import PruneFL, _times, paying
 from fedsieve.engine.freeze import freeze, thaw
 from fedsieve.engine.handle import Device, Plan, handle
-from fedsieve.local.executor import Client, Executor
+from fedsieve.local.executor import Client, Executor, Trained
 from fedsieve.local.memory import training_memory
 from fedsieve.models.candidates import Pool
 from fedsieve.sparsity.allocate import allocate
@@ -201,6 +201,28 @@ def test_one_tensor_of_the_gradient_is_held_at_a_time(digits):
     with Live(4 * hidden * hidden) as dense:
         client.gradients(params, masks)
     assert dense.most >= 6
+
+
+@pytest.mark.parametrize("algorithm", [FedTiny(density=0.3, every=2, pool=1, alpha=1.0, stop=20), FedDST(density=0.3, every=2)])
+def test_a_client_with_one_example_grows_by_that_one(algorithm, digits):
+    """Released code: an example alone was taken twice, so that BatchNorm could normalise it. In evaluation it need not be."""
+    layers = nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10)
+    spec = ModelSpec.of(nn.Sequential(*layers), torch.zeros(1, 1, 8, 8))
+    client = client_of(spec, replace(digits, parts=[digits.parts[0][:1]]), round=2)
+    client.train = lambda params, masks: Trained(params.under(masks), 1, 0.5, None, 1)  # nor could it train
+    state = algorithm.init(Job(spec, spec.initial("kaiming", Streams(0)), 20, 1, Streams(0)))
+    state, masks = replace(state, round=1), state.versions.masks
+    swaps = algorithm._swaps(state)
+    reply, _ = algorithm.client_update(algorithm.broadcast(state, [0])[0], client, None)
+    spent = client._executor.flops
+    assert spent == 2 * spec.density_flops(masks) + sum(spec.flops[name] for name in swaps)  # of one example
+    slope, sent = client.gradients(state.params, masks).maskable, algorithm.read(state, reply)
+    grown = sent[2] if isinstance(algorithm, FedTiny) else (sent[1].kept & ~masks.kept).nonzero().flatten()
+    for name, count in swaps.items():
+        begin, end = spec.layout.spans[name]
+        here = grown[(grown >= begin) & (grown < end)]
+        steep = slope[begin:end].abs().masked_fill(masks.kept[begin:end], -1)
+        assert sorted(steep[here - begin].tolist()) == pytest.approx(sorted(steep.topk(count).values.tolist()), rel=1e-5)
 
 
 def test_flops_of_growing_are_one_dense_weight_gradient_of_the_block(digits, small):
