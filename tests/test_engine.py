@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import nn
 
 from conftest import same
 from fedsieve import (
@@ -283,6 +284,43 @@ def test_settings_that_do_not_fit_are_refused_before_round_1(small, digits, engi
     with pytest.raises(UsageError):
         fit(FedAvg(), model=small, data=digits, local=local, engine=engine, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def flattened(*norm):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), *norm, nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 10))
+
+
+def to_one_pixel(norm):
+    return nn.Sequential(nn.Conv2d(1, 6, 8), norm, nn.ReLU(), nn.Flatten(), nn.Linear(6, 10))
+
+
+ONE = {
+    "flat": (flattened(nn.BatchNorm1d(6)), False),
+    "one pixel": (to_one_pixel(nn.BatchNorm2d(6)), False),
+    "pixels": (nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(216, 10)), True),
+    "group": (to_one_pixel(nn.GroupNorm(1, 6)), True),
+    "none": (flattened(), True),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize(("batch", "size"), [(16, 33), (16, 1), (1, 5)])
+def test_a_step_on_one_example_is_refused_before_round_1_where_batch_normalisation_cannot_take_it(name, batch, size, digits):
+    module, works = ONE[name]
+    data = replace(digits, parts=[np.arange(32), np.arange(size), np.arange(size)] if batch > 1 else [np.arange(size)] * 2)
+    settings = {"model": module, "data": data, "local": Local(batch=batch), "engine": Engine(rounds=1, eval_clients=0)}
+    before = torch.get_rng_state()
+    if works:
+        fit(FedAvg(), **settings)
+    else:
+        said = (
+            f"local.batch = {batch} leaves client {int(batch > 1)}, which has {size} training examples, .* model 'Sequential'"
+        )
+        with pytest.raises(UsageError, match=said):
+            fit(FedAvg(), **settings)
+        fit(FedAvg(), **settings | {"local": Local(batch=32), "data": replace(data, parts=[np.arange(32)] * 2)})
+    assert torch.get_rng_state().equal(before)
+    assert all(buffer.eq(buffer.flatten()[0]).all() for buffer in module.buffers())  # running means and variances as they were
 
 
 def test_fresh_folders_do_not_exist(tmp_path):

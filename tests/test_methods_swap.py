@@ -40,7 +40,7 @@ from fedsieve.algorithms.fedtiny import FedTiny
 from fedsieve.algorithms.prunefl import PruneFL, _times, paying
 from fedsieve.engine.freeze import freeze, thaw
 from fedsieve.engine.handle import Device, Plan, handle
-from fedsieve.local.executor import Client, Executor
+from fedsieve.local.executor import Client, Executor, Trained
 from fedsieve.local.memory import training_memory
 from fedsieve.models.candidates import Pool
 from fedsieve.sparsity.allocate import allocate
@@ -52,7 +52,7 @@ from fedsieve.wire.versions import Versions
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOCAL = Local(epochs=1, batch=16, lr=0.1, momentum=0.5, weight_decay=0.01)
-MOVERS = [FedTiny(density=0.2, every=2), FedDST(density=0.2, every=2), PruneFL(density=0.2, every=2, initial=2)]
+MOVERS = [FedTiny(density=0.2, every=2, stop=100), FedDST(density=0.2, every=2), PruneFL(density=0.2, every=2, initial=2)]
 movers = pytest.mark.parametrize("algorithm", MOVERS, ids=lambda each: type(each).__name__)
 
 
@@ -203,6 +203,28 @@ def test_one_tensor_of_the_gradient_is_held_at_a_time(digits):
     assert dense.most >= 6
 
 
+@pytest.mark.parametrize("algorithm", [FedTiny(density=0.3, every=2, pool=1, alpha=1.0, stop=20), FedDST(density=0.3, every=2)])
+def test_a_client_with_one_example_grows_by_that_one(algorithm, digits):
+    """Released code: an example alone was taken twice, so that BatchNorm could normalise it. In evaluation it need not be."""
+    layers = nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10)
+    spec = ModelSpec.of(nn.Sequential(*layers), torch.zeros(1, 1, 8, 8))
+    client = client_of(spec, replace(digits, parts=[digits.parts[0][:1]]), round=2)
+    client.train = lambda params, masks: Trained(params.under(masks), 1, 0.5, None, 1)  # nor could it train
+    state = algorithm.init(Job(spec, spec.initial("kaiming", Streams(0)), 20, 1, Streams(0)))
+    state, masks = replace(state, round=1), state.versions.masks
+    swaps = algorithm._swaps(state)
+    reply, _ = algorithm.client_update(algorithm.broadcast(state, [0])[0], client, None)
+    spent = client._executor.flops
+    assert spent == 2 * spec.density_flops(masks) + sum(spec.flops[name] for name in swaps)  # of one example
+    slope, sent = client.gradients(state.params, masks).maskable, algorithm.read(state, reply)
+    grown = sent[2] if isinstance(algorithm, FedTiny) else (sent[1].kept & ~masks.kept).nonzero().flatten()
+    for name, count in swaps.items():
+        begin, end = spec.layout.spans[name]
+        here = grown[(grown >= begin) & (grown < end)]
+        steep = slope[begin:end].abs().masked_fill(masks.kept[begin:end], -1)
+        assert sorted(steep[here - begin].tolist()) == pytest.approx(sorted(steep.topk(count).values.tolist()), rel=1e-5)
+
+
 def test_flops_of_growing_are_one_dense_weight_gradient_of_the_block(digits, small):
     executor = client_of(small, digits)._executor
     client, masks = client_of(small, digits, local=Local(batch=16)), some(small.layout, 0.25)
@@ -210,6 +232,30 @@ def test_flops_of_growing_are_one_dense_weight_gradient_of_the_block(digits, sma
     last = small.layout.masked_slots[-1].name
     client.top_gradients(params, masks, {last: 3})
     assert executor.flops == 16 * (2 * small.density_flops(masks) + 2 * 16 * 10)
+
+
+def test_flops_of_the_choice_are_forward_passes_over_all_examples(digits, small):
+    """Of 1184 weights 237 are kept; 240 examples go forward once for each of 3 candidates; an epoch is 3 times as much."""
+    engine = Engine(rounds=2, eval_clients=0)
+    rows = fit(FedTiny(density=0.2, pool=3), model=small, data=digits, local=LOCAL, engine=engine).rows
+    assert [row["flops"] for row in rows] == [240 * 2 * 237 * (3 + 3), 240 * 2 * 237 * 3]
+
+
+def test_flops_of_statistics_and_of_losses_are_counted_but_not_those_of_tests(digits):
+    spec = network("batch")
+    client, masks, params = client_of(spec, digits), some(spec.layout, 0.5), spec.initial("kaiming", Streams(0))
+    forward, executor = spec.density_flops(masks), client._executor
+    for batches, seen in ((None, client.examples), (1, 16)):
+        executor.flops = 0
+        client.statistics(params, masks, batches=batches)
+        assert executor.flops == seen * forward
+    executor.flops = 0
+    client.evaluate_training(params, masks)
+    assert executor.flops == client.examples * forward
+    client.evaluate_training(params)
+    assert executor.flops == client.examples * (forward + sum(spec.flops.values()))
+    client.evaluate(params, masks)
+    assert executor.flops == client.examples * (forward + sum(spec.flops.values()))
 
 
 # ---- how many, and how much memory
@@ -344,9 +390,28 @@ def test_places_that_were_not_asked_for_are_refused(name):
         algorithm.read(state, wrong)
 
 
+@pytest.mark.parametrize(
+    "algorithm", [FedTiny(density=0.5, pool=1, every=2, alpha=0.5), FedDST(density=0.5, every=2, alpha=0.5)]
+)
+def test_the_share_falls_to_nothing_by_the_last_round_or_by_stop(algorithm):
+    """Of 400 kept weights 0.25 (1 + cos(pi t / last)) are exchanged, rounded down."""
+    layout = sized(800)
+
+    def moves(rounds, **settings):
+        chosen = replace(algorithm, **settings)
+        state = chosen.init(job_of(layout, Params.zeros(layout), rounds=rounds))
+        found = {t: chosen._swaps(replace(state, round=t - 1)).get("w0", 0) for t in range(1, rounds + 1)}
+        return {t: count for t, count in found.items() if count}
+
+    assert moves(6) == {2: 150, 4: 50}  # cos of pi / 3 and of 2 pi / 3
+    assert moves(12) == {2: 186, 4: 150, 6: 100, 8: 50, 10: 13}
+    assert moves(12, stop=6) == moves(6)
+    assert moves(6, stop=12) == {2: 186, 4: 150}  # in the last round, the sixth, masks stand whatever the share is
+
+
 def test_blocks_take_turns_from_the_output_to_the_input():
     layout = Layout.of([Slot(f"w{i}", (20,), Kind.WEIGHT, True, block) for i, block in enumerate((0, 0, 1, 3))])
-    algorithm = FedTiny(density=0.5, pool=1, every=2)
+    algorithm = FedTiny(density=0.5, pool=1, every=2, stop=100)
     state = algorithm.init(job_of(layout, Params.zeros(layout), rounds=13))
     turns = {t: set(algorithm._swaps(replace(state, round=t - 1))) for t in range(1, 14)}
     expected = {2: {"w3"}, 4: {"w2"}, 6: {"w0", "w1"}, 8: {"w3"}, 10: {"w2"}, 12: {"w0", "w1"}}

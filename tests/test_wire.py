@@ -147,7 +147,12 @@ def test_numbers_keep_value_and_type(value):
 def test_seeds_and_vectors_come_back_as_sent():
     layout = layout_of((3,))
     assert carried(sections.seed(2**64 - 1), layout).seed("x") == 2**64 - 1
-    for vector in (torch.tensor([1.5, -2.0]), torch.tensor([0.1], dtype=torch.float64), torch.zeros(0)):
+    for vector in (
+        torch.tensor([1.5, -2.0]),
+        torch.tensor([0.1, -65504.0], dtype=torch.float16),
+        torch.tensor([0.1], dtype=torch.float64),
+        torch.zeros(0),
+    ):
         back = carried(sections.vector(vector), layout).vector("x")
         assert back.dtype == vector.dtype
         assert torch.equal(back, vector)
@@ -409,6 +414,7 @@ def golden_messages() -> dict[str, Message]:
                 "v64": s.vector([0.1, -1e300]),
             },
         ),
+        "half": Message("setup", 1, SMALL, {"v16": s.vector(torch.tensor([0.1, -65504.0], dtype=torch.float16))}),
         "empty": Message("control", 2**32 - 1, SMALL, {}),
     }
 

@@ -148,6 +148,20 @@ def weight(reply: Message, weighting: Literal["examples", "uniform"]) -> float:
     return float(examples) if weighting == "examples" else 1.0
 
 
+def check_floor(layout: Layout, keep: int, density: float, floor: int) -> None:
+    """Check that `keep` weights, what `density` comes to, are as many as `floor` of each tensor, and one at least.
+
+    Raises:
+        UsageError: they are fewer.
+    """
+    least = max(1, sum(min(floor, slot.numel) for slot in layout.masked_slots))
+    if keep < least:
+        raise UsageError(
+            f"algorithm.density = {density} keeps {keep} of {layout.maskable} weights, algorithm.floor = {floor} asks for"
+            f" {least}: raise the one or lower the other."
+        )
+
+
 def evaluation(params: Params, masks: Masks, round: int, epochs: int = 0) -> Message:
     """Return the request that a client evaluate this model on its own test examples, also after some epochs of training."""
     sections = {"epochs": number(epochs)}

@@ -12,7 +12,7 @@ the number of weights of a tensor stays.
 
 Deviates: clients move their masks before they train, not within, so that what grows is trained by whoever grew it for the whole
 round: at 0 it would be the first to go when the server prunes. Gradients are collected in O(a) memory (`client.top_gradients`).
-`alpha` is RigL's, for ours is no source for theirs. Masks keep still in the last round, where the share is 0.
+`alpha` is RigL's, for ours is no source for theirs. Masks keep still in the last round, whatever `stop` is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedsieve.params import Masks, Params
 from fedsieve.settings import Count, CountOrZero, Density, Threshold, settings
 from fedsieve.sparsity.allocate import Rule, allocate
 from fedsieve.sparsity.regrow import exchanges, lowered
-from fedsieve.sparsity.schedule import exchanged
+from fedsieve.sparsity.schedule import moving
 from fedsieve.sparsity.scores import magnitude, random
 from fedsieve.sparsity.select import select_by_slot
 from fedsieve.streams import Streams
@@ -137,10 +137,8 @@ class FedDST:
 
     def _swaps(self, state: State) -> dict[str, int]:
         """How many weights of each tensor clients exchange in the coming round; empty: none."""
-        t = state.round + 1
-        if t % self.every:
-            return {}
-        return exchanges(state.versions.masks, exchanged(t, last=self.stop or state.rounds, share=self.alpha))
+        share = moving(state.round + 1, every=self.every, stop=self.stop, rounds=state.rounds, share=self.alpha)
+        return exchanges(state.versions.masks, share)
 
 
 def _moved(params: Params, masks: Masks, swaps: Mapping[str, int], client: Client) -> Masks:

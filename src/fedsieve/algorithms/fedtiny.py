@@ -40,7 +40,7 @@ from fedsieve.params import Masks, Params
 from fedsieve.settings import Count, CountOrZero, Density, Share, Threshold, settings
 from fedsieve.sparsity.allocate import allocate
 from fedsieve.sparsity.regrow import exchanges, lowered, regrow
-from fedsieve.sparsity.schedule import exchanged
+from fedsieve.sparsity.schedule import moving
 from fedsieve.sparsity.scores import magnitude
 from fedsieve.sparsity.select import select_by_slot
 from fedsieve.streams import Streams
@@ -87,8 +87,8 @@ class FedTiny:
     """BatchNorm's variance over clients: mean of theirs (as published), or with the spread of their means (pooled)"""
     every: Count = 10
     """rounds between two moves of the mask, >= 1"""
-    stop: Count = 100
-    """last round in which it moves, >= 1: by then the share has fallen to 0"""
+    stop: CountOrZero = 0
+    """round in which the share has fallen to 0, >= 0 (0: the last one; published with 100, of 300 rounds as we recall)"""
     alpha: Threshold = 0.2
     """share a(t) = alpha / 2 * (1 + cos(pi t / stop)) of a tensor's kept weights that are exchanged, in [0, 1]; 0.2 as in the
     released code; 0.3 is the law that we recall of the paper"""
@@ -221,12 +221,13 @@ class FedTiny:
     def _swaps(self, state: State) -> dict[str, int]:
         """How many weights each tensor that moves in the coming round exchanges; empty: none moves."""
         t, masks, slots = state.round + 1, state.versions.masks, state.params.layout.masked_slots
-        if state.pool is not None or t % self.every or t >= min(self.stop, state.rounds):
+        share = moving(t, every=self.every, stop=self.stop, rounds=state.rounds, share=self.alpha)
+        if state.pool is not None or not share:
             return {}
         blocks = sorted({slot.block for slot in slots}, reverse=True)
-        turn, share = blocks[(t // self.every - 1) % len(blocks)], exchanged(t, last=self.stop, share=self.alpha)
-        moving = [slot.name for slot in slots if self.progress == "all" or slot.block == turn]
-        return exchanges(masks, share, moving)
+        turn = blocks[(t // self.every - 1) % len(blocks)]
+        names = [slot.name for slot in slots if self.progress == "all" or slot.block == turn]
+        return exchanges(masks, share, names)
 
 
 def _unmeasured(state: State) -> bool:

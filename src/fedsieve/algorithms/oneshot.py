@@ -11,8 +11,10 @@ With d the density of the global mask, P the maskable weights, H the binary entr
 
 and in each direction 32 bits for every element that is not maskable.
 
-Deviates: biases and normalisation are not ranked (model.maskable = "all": every trained tensor). Clients start each round
-without momentum. Where nobody answers in the round of the prune it falls in the next one that has an answer.
+Deviates: a tensor keeps at least one weight (floor = 0: none, as published), so that none is cut off; that does not protect
+accuracy, for a layer of one weight passes next to nothing. Biases and normalisation are not ranked (model.maskable = "all":
+every trained tensor). Clients start each round without momentum. Where nobody answers in the round of the prune it falls in the
+next one that has an answer.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedsieve.aggregate.mean import WeightedMean
-from fedsieve.algorithms.base import Job, weight
+from fedsieve.algorithms.base import Job, check_floor, weight
 from fedsieve.errors import UsageError
 from fedsieve.local.executor import Client
 from fedsieve.params import Masks, Params
 from fedsieve.settings import CountOrZero, Density, settings
 from fedsieve.sparsity.schedule import one_shot, polynomial
 from fedsieve.sparsity.scores import magnitude, random
-from fedsieve.sparsity.select import select
+from fedsieve.sparsity.select import at_floor, guarded
 from fedsieve.streams import Streams
 from fedsieve.wire.message import Message
 from fedsieve.wire.sections import number, values
@@ -45,6 +47,8 @@ class State:
     round: int
     rounds: int
     streams: Streams
+    events: tuple[str, ...] = ()
+    """tensors that the guard may have kept from being cut off, in a round that prunes"""
 
 
 @settings
@@ -59,6 +63,8 @@ class OneShot:
     """schedule oneshot: round after which the server prunes, >= 0 (0: ten rounds before the last, or the first)"""
     score: Literal["magnitude", "random"] = "magnitude"
     """what a weight is kept for: its magnitude after the merge, or its place in a random order that is fixed before round 1"""
+    floor: CountOrZero = 1
+    """weights that each tensor keeps at least, >= 0, so that none is cut off"""
     weighting: Literal["examples", "uniform"] = "examples"
     """weight of a client in the mean: its number of training examples, or the same for all"""
 
@@ -73,6 +79,7 @@ class OneShot:
                 f"algorithm.schedule = cubic prunes from round 2 on: engine.rounds = {job.rounds} must be 2 or more, and "
                 f"algorithm.at = {self.at} must be 0."
             )
+        check_floor(job.layout, round(self.density * job.layout.maskable), self.density, self.floor)
         versions = Versions.start(Masks.full(job.layout), job.clients)
         return State(job.start, versions, round=0, rounds=job.rounds, streams=job.streams)
 
@@ -101,11 +108,12 @@ class OneShot:
             mean.add(params, share)
             answered.append(client)
         if not mean.weight:
-            return replace(state, round=round)
+            return replace(state, round=round, events=())
         params = mean.value()
         masks = self._prune(params, state)
         versions = state.versions.answered(answered).changed(masks)
-        return replace(state, params=params.under(masks), versions=versions, round=round)
+        events = at_floor(masks, self.floor) if versions.version > state.versions.version else ()
+        return replace(state, params=params.under(masks), versions=versions, round=round, events=events)
 
     def finalize(self, state: State) -> tuple[Params, Masks]:
         """Return the global model and its mask."""
@@ -127,4 +135,4 @@ class OneShot:
             return masks
         scores = magnitude(params) if self.score == "magnitude" else random(params.layout, state.streams("order"))
         ties = state.streams.at(round=state.round + 1)("ties")
-        return select(scores, keep, within=masks, ties=ties)
+        return guarded(scores, keep, within=masks, ties=ties, floor=self.floor)[0]

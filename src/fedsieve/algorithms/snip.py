@@ -18,8 +18,9 @@ Scores, all at the start, larger = keep:
 
 That one random client scores on one batch is how the FedSparsify study (arXiv 2204.12430) has SNIP and GraSP as baselines.
 
-Deviates: a tensor keeps at least one weight (floor = 0: none, as published). Scores are taken in evaluation mode (training =
-true: as training normalises). Scoring repeatedly (iterations) goes on at the client that was asked, so it costs no bytes. If
+Deviates: a tensor keeps at least one weight (floor = 0: none, as published), so that none is cut off; that does not protect
+accuracy, for a layer of one weight passes next to nothing. Scores are taken in evaluation mode (training = true: as training
+normalises). Scoring repeatedly (iterations) goes on at the client that was asked, so it costs no bytes. If
 several clients are asked, those weights are kept that most of their masks keep. A random mask is sent like any other, not as a
 seed.
 """
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.aggregate.mean import WeightedMean
-from fedsieve.algorithms.base import Job, weight
+from fedsieve.algorithms.base import Job, check_floor, weight
 from fedsieve.errors import UsageError
 from fedsieve.local.executor import Client
 from fedsieve.models.flow import Flow
@@ -181,12 +182,7 @@ class Snip:
                 f"algorithm.iterations = {self.iterations} needs algorithm.allocation = global; {self.allocation} is one step."
             )
         keep = self._count(layout) if self.paper else round(self.density * layout.maskable)
-        least = 0 if self.paper else sum(min(self.floor, slot.numel) for slot in layout.masked_slots)
-        if keep < max(1, least):
-            raise UsageError(
-                f"algorithm.density = {self.density} keeps {keep} of {layout.maskable} weights, algorithm.floor = {self.floor} "
-                f"asks for {max(1, least)}: raise the one or lower the other."
-            )
+        check_floor(layout, keep, self.density, 0 if self.paper else self.floor)
         if self.score == "synflow" and not job.spec.example.is_floating_point():
             raise UsageError("algorithm.score = synflow needs a network that reads numbers, not tokens: snip works for both.")
 

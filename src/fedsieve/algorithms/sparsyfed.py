@@ -11,9 +11,11 @@ With d the density, u that of the union, u' that of the one before, P the maskab
 
 and in each direction 32 bits for every element that is not maskable. What is sent is w; both ends turn it into v.
 
-Deviates: activations are not pruned; the paper prunes those of each layer to the density of its weights, which saves
-computation, not bytes. The model that is evaluated and exported is pruned to `density` once more, so that it can be compared
-with those of other methods (final = union: as it is sent).
+Deviates: weights are ranked in each tensor; the published code ranks the whole network (ranking = global). That empties the
+first layer of an MLP for good, since its weights start smallest: from Glorot's start the default one keeps 9 of 100,352 at
+density 0.05, none at 0.01. Activations are not pruned; the paper prunes those of each layer to the density of its weights,
+which saves computation, not bytes. The model that is evaluated and exported is pruned to `density` once more, so that it can be
+compared with those of other methods (final = union: as it is sent).
 """
 
 from __future__ import annotations
@@ -134,7 +136,7 @@ class SparsyFed:
     def finalize(self, state: State) -> tuple[Params, Masks]:
         """Return the global model: dense before the first answers, then pruned to `density`, or the union."""
         masks = state.versions.masks
-        if self.final == "pruned" and state.versions.version > 1:
+        if self.final == "pruned" and bool(state.versions.held.any()):  # a union of all weights is version 1 still
             ties = state.streams.at(round=state.round)("final")
             masks = self._pruned(state.params, masks, ties)
         return state.params.under(masks), masks

@@ -3,8 +3,8 @@
 With d the density, P the maskable weights, H the binary entropy in bits, and 32 bits more for every element that is not
 maskable (Q of them) wherever weights are sent:
 
-    set-up, once     down  to each client of the first cohort: the model    32 (P + Q) bits
-                     up    saliencies |g w| on a few of its batches         32 (P + Q), or 16 (P + Q) with wire = fp16
+    set-up, once     down  to each client of the first cohort: the model    32 P bits
+                     up    saliencies |g w| on a few of its batches         32 P, or 16 P with wire = fp16 (no Q)
     training         down  weights kept; the mask, once to each client      32 d P; P H(d)
                      up    weights kept                                     32 d P
 
@@ -12,7 +12,8 @@ The server averages the saliencies and keeps the highest of the whole network.
 
 Deviates: saliencies are averaged by examples, as weights are; the published code averages saliencies alike (weighting = uniform
 does so with both). The first cohort is asked; the published code asks all clients. A tensor keeps at least one weight (floor =
-0: none, as published), and exactly as many are kept as asked; the published code keeps ties.
+0: none, as published), so that none is cut off; that does not protect accuracy, for a layer of one weight passes next to
+nothing. Exactly as many are kept as asked; the published code keeps ties.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Literal
 import torch
 
 from fedsieve.aggregate.mean import WeightedMean
-from fedsieve.algorithms.base import Job, weight
+from fedsieve.algorithms.base import Job, check_floor, weight
 from fedsieve.errors import UsageError
 from fedsieve.local.executor import Client
 from fedsieve.params import Masks, Params
@@ -33,7 +34,7 @@ from fedsieve.sparsity.scores import sensitivity
 from fedsieve.sparsity.select import at_floor, guarded
 from fedsieve.streams import Streams
 from fedsieve.wire.message import Message, Reason, WireError
-from fedsieve.wire.sections import dense, number, values
+from fedsieve.wire.sections import dense, number, values, vector
 from fedsieve.wire.versions import Known, Versions
 
 
@@ -73,12 +74,7 @@ class Ssfl:
         layout = job.layout
         if not layout.maskable:
             raise UsageError("the model has no maskable weight: see model.maskable and model.dense.")
-        keep, least = round(self.density * layout.maskable), sum(min(self.floor, s.numel) for s in layout.masked_slots)
-        if keep < max(1, least):
-            raise UsageError(
-                f"algorithm.density = {self.density} keeps {keep} of {layout.maskable} weights, algorithm.floor = {self.floor} "
-                f"asks for {max(1, least)}: raise the one or lower the other."
-            )
+        check_floor(layout, round(self.density * layout.maskable), self.density, self.floor)
         return State(job.start, None, 0, job.clients, job.streams)
 
     def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:
@@ -92,11 +88,10 @@ class Ssfl:
         """Score the weights on the client's own examples, or train under the mask that was sent."""
         if request.kind == "setup":
             start = request.dense("weights")
-            scores = Params.zeros(client.layout)
             gradient = client.gradients(start, batches=self.batches or None, training=self.training, purpose="scores")
-            scores.maskable.copy_(sensitivity(start, gradient))
-            peak = (float(scores.flat.max()) if self.wire == "fp16" else 0.0) or 1.0
-            sent = dense(Params(client.layout, scores.flat / peak), self.wire)
+            scores, half = sensitivity(start, gradient), self.wire == "fp16"
+            peak = (float(scores.max()) if half else 0.0) or 1.0
+            sent = vector((scores / peak).to(torch.float16 if half else torch.float32))
             return request.reply(scores=sent, peak=number(peak), examples=number(client.examples)), mine
         masks, known = Known.told(request, mine)
         trained = client.train(request.values("weights", masks), masks=masks)
@@ -110,13 +105,16 @@ class Ssfl:
         share = weight(reply, self.weighting)
         if state.versions is not None:
             return reply.values("weights", state.versions.masks), share
-        scores, peak = reply.dense("scores"), reply.number("peak")
-        if peak <= 0 or bool((scores.flat < 0).any()):
+        layout, sent, peak = state.params.layout, reply.vector("scores").float(), reply.number("peak")
+        if len(sent) != layout.maskable:
+            raise WireError(Reason.COUNT, 0, f"{len(sent)} saliencies of {layout.maskable} weights")
+        if peak <= 0 or bool((sent < 0).any()):
             raise WireError(Reason.RANGE, 0, f"a saliency is negative, or the largest, {peak}, is not positive")
-        scaled = scores.flat * peak
-        if not bool(torch.isfinite(scaled).all()):
+        scores = Params.zeros(layout)
+        scores.maskable.copy_(sent * peak)
+        if not bool(torch.isfinite(scores.flat).all()):
             raise WireError(Reason.NONFINITE, 0, f"saliencies relative to {peak} are not finite")
-        return Params(scores.layout, scaled), share
+        return scores, share
 
     def aggregate(self, state: State, replies: Iterable[tuple[int, tuple[Params, float]]]) -> State:
         """Average the saliencies and choose the mask, which does not end the round; or average the weights."""

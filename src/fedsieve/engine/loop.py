@@ -8,11 +8,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedsieve.algorithms.base import Algorithm, Job
 from fedsieve.data.batches import Federation
+from fedsieve.data.partition import Parts
 from fedsieve.engine.folder import Progress, RunFolder, environment, identity
 from fedsieve.engine.handle import Plan
 from fedsieve.engine.round import Row, play, total
@@ -135,6 +137,15 @@ def job_of(spec: ModelSpec, data: Federation, local: Local, engine: Engine, star
         raise UsageError(f"local.device = {local.device!r}: this PyTorch finds no CUDA device. Use cpu.")
     if engine.group > 1 and (why := obstacle(spec, local, data.train)):
         raise UsageError(f"engine.group = {engine.group} does not go with model {spec.name!r}. {why}\nSet engine.group = 1.")
+    sizes = Parts.of(data.parts).sizes
+    single = np.flatnonzero((sizes > 0) & (sizes % local.batch == 1 % local.batch))
+    if len(single) and not spec.trains_on_one():
+        raise UsageError(
+            f"local.batch = {local.batch} leaves client {single[0]}, which has {sizes[single[0]]} training examples, a step on"
+            f" one, and model {spec.name!r} cannot train on one: its BatchNorm would normalise single numbers.\nUse another"
+            " local.batch, a model without BatchNorm (model.norm) or, for clients that hold but one example, a larger"
+            " data.min_examples."
+        )
     streams = Streams(engine.seed)
     return Job(spec, start or spec.initial("module", streams), engine.rounds, len(data.parts), streams, engine.cohort, local)
 

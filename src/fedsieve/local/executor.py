@@ -90,7 +90,8 @@ class Executor:
         self.spec, self.local, self.rounds = spec, local, rounds
         self.device = torch.device(local.device)
         self.flops = 0
-        """floating-point operations spent in training since the last reset, masks respected, backward as twice forward"""
+        """floating-point operations since the last reset, masks respected, backward as twice forward: of training, and of what
+        methods measure on training examples"""
         self._forms: list[tuple[bytes, Tensor | None, Form]] = []
         self._others: dict[bytes, Executor] = {}
 
@@ -102,7 +103,7 @@ class Executor:
 
     @property
     def total_flops(self) -> int:
-        """Floating-point operations spent in training, other networks included."""
+        """Floating-point operations, other networks included."""
         return self.flops + sum(other.total_flops for other in self._others.values())
 
     def train(
@@ -334,6 +335,7 @@ class Executor:
         try:
             for x, _ in batches:
                 form.module(x)
+                self.flops += len(x) * self.forward_flops(masks)
         finally:
             for layer, momentum in zip(norms, usual, strict=True):
                 layer.momentum = momentum
@@ -500,7 +502,11 @@ class Client:
         return self._executor.of(spec or self.spec).evaluate(params, self._test, self._share, masks)
 
     def evaluate_training(self, params: Params, masks: Masks | None = None) -> Metrics:
-        """Evaluate on the client's own training examples, for choices that must not look at test examples."""
+        """Evaluate on the client's own training examples, for choices that must not look at test examples.
+
+        It is work that the method asks of the client, so a forward pass is counted in `flops`; that of `evaluate` is not.
+        """
+        self._executor.flops += self.examples * self._executor.forward_flops(masks)
         return self._executor.evaluate(params, self._train, self._part, masks)
 
     def gradients(

@@ -108,6 +108,21 @@ class ModelSpec:
         example = example.cpu()
         return cls(name, template, Layout.of(slots), loss, _measure(name, template, example, tensors), example)
 
+    def trains_on_one(self) -> bool:
+        """Return whether a step of training may take one example: BatchNorm refuses it where a channel is a single number."""
+        norms = nn.modules.batchnorm._BatchNorm
+        if not any(isinstance(layer, norms) for layer in self.module.modules()):
+            return True
+        module = deepcopy(self.module).eval()
+        for layer in module.modules():
+            layer.training = isinstance(layer, norms)
+        try:
+            with torch.no_grad():
+                module(self.example)
+        except ValueError:  # in evaluation it ran, when the spec was made
+            return False
+        return True
+
     def initial(self, scheme: Literal["module", "kaiming", "glorot"], streams: Streams) -> Params:
         """Return the start of a federation.
 

@@ -44,3 +44,11 @@ def exchanged(t: int, *, last: int, share: float) -> float:
     Source: Evci et al. 2020 (RigL), arXiv 1911.11134, section 3.
     """
     return share / 2 * (1 + cos(pi * t / last)) if t < last else 0.0
+
+
+def moving(t: int, *, every: int, stop: int, rounds: int, share: float) -> float:
+    """Share of the kept weights that are to move in round t of `rounds`: every so many rounds what `exchanged` says, else 0.
+
+    It has fallen to 0 by round `stop` (0: the last one), and nothing moves in the last round whatever `stop` is.
+    """
+    return exchanged(t, last=stop or rounds, share=share) if t % every == 0 and t < rounds else 0.0

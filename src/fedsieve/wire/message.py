@@ -116,7 +116,7 @@ class Message:
         return codecs.read_number(self._section(name, {Codec.INTEGER, Codec.REAL}))
 
     def vector(self, name: str) -> Tensor:
-        """Finite numbers, float32 or float64 of shape (n,). They may be a view of the payload: treat them as read-only."""
+        """Finite numbers, float16, 32 or 64 of shape (n,). They may be a view of the payload: treat them as read-only."""
         return codecs.read_vector(self._section(name, codecs.VECTOR))
 
     def _section(self, name: str, allowed: Collection[Codec]) -> Section:

@@ -70,11 +70,12 @@ class Codec(IntEnum):
     REAL = 0x72
     VECTOR_FP32 = 0x78
     VECTOR_FP64 = 0x79
+    VECTOR_FP16 = 0x7A
 
 
 DENSE = {Codec.DENSE_FP32: torch.float32, Codec.DENSE_FP16: torch.float16, Codec.DENSE_BF16: torch.bfloat16}
 VALUES = {Codec.VALUES_FP32: torch.float32, Codec.VALUES_FP16: torch.float16, Codec.VALUES_BF16: torch.bfloat16}
-VECTOR = {Codec.VECTOR_FP32: torch.float32, Codec.VECTOR_FP64: torch.float64}
+VECTOR = {Codec.VECTOR_FP32: torch.float32, Codec.VECTOR_FP64: torch.float64, Codec.VECTOR_FP16: torch.float16}
 MASK = {Codec.MASK_BITMAP: Coding.BITMAP, Codec.MASK_WHOLE: Coding.WHOLE, Codec.MASK_SLOTS: Coding.GROUPS}
 WITHIN = {Codec.WITHIN_BITMAP: Coding.BITMAP, Codec.WITHIN_WHOLE: Coding.WHOLE, Codec.WITHIN_SLOTS: Coding.GROUPS}
 INDICES = {Codec.INDICES_BITMAP: Coding.BITMAP, Codec.INDICES_WHOLE: Coding.WHOLE, Codec.INDICES_SLOTS: Coding.GROUPS}
@@ -313,16 +314,16 @@ def read_number(section: Section) -> int | float:
 
 
 def vector(numbers: Tensor | Sequence[float]) -> Section:
-    """Write a few numbers, such as metrics: 4 bytes each from a float32 tensor, else 8."""
+    """Write numbers that are no model, such as metrics: 4 or 2 bytes each from a float32 or float16 tensor, else 8."""
     tensor = numbers.detach().cpu() if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64)
-    codec = Codec.VECTOR_FP32 if tensor.dtype == torch.float32 else Codec.VECTOR_FP64
-    if tensor.ndim != 1 or tensor.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"a vector is {tensor.dtype} of shape {tuple(tensor.shape)}, not float32 or float64 of shape (n,)")
+    codec = next((codec for codec, dtype in VECTOR.items() if dtype == tensor.dtype), None)
+    if tensor.ndim != 1 or codec is None:
+        raise ValueError(f"a vector is {tensor.dtype} of shape {tuple(tensor.shape)}, not float16, 32 or 64 of shape (n,)")
     return Section(codec, _floats(tensor, VECTOR[codec]))
 
 
 def read_vector(section: Section) -> Tensor:
-    """Read what `vector` wrote, float32 or float64 of shape (n,)."""
+    """Read what `vector` wrote, float16, float32 or float64 of shape (n,)."""
     dtype = VECTOR[section.codec]
     return _read_floats(section, len(section.body) // dtype.itemsize, dtype, keep=True)
 
