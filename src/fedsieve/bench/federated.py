@@ -63,10 +63,13 @@ class Scenario:
     """scenario whose learning rates it takes; one that has its own name chooses them"""
     methods: tuple[str, ...] = ()
     """names of those that are played; empty: all"""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """algorithm -> settings that its methods have here"""
 
     def config(self, method: Method, density: float | None, seed: int, rate: float) -> Config:
         """Return the config of one run."""
-        values = {f"algorithm.{key}": value for key, value in method.settings.items()}
+        settings = {**method.settings, **self.settings.get(method.algorithm, {})}
+        values = {f"algorithm.{key}": value for key, value in settings.items()}
         values |= {"local.epochs": 2, method.rate: rate}
         if density is not None:
             values["algorithm.density"] = density
@@ -116,12 +119,13 @@ TWO_CLASSES: dict[str, Any] = {"partition": "classes", "per_client": 2}
 MLP, LENET, NORMALISED = Model(name="mlp"), Model(name="lenet", norm="group"), Model(name="lenet", norm="batch")
 WISDM = Data(name="wisdm", partition="natural", clients=36)
 HOME = ("fedavg", "snip", "synflow", "prunefl", "feddst", "fedtiny", "fedtiny-erk")
+BY_STATISTICS = {"fedtiny": {"selection": "statistics"}}
 SCENARIOS = (
     Scenario("fashion-dirichlet", _fashion(**DIRICHLET), MLP, 40, 2, 80.0, "fashion-dirichlet"),
     Scenario("fashion-2classes", _fashion(**TWO_CLASSES), MLP, 40, 2, 65.0, "fashion-dirichlet"),
     Scenario("cifar-dirichlet", _cifar(**DIRICHLET), LENET, 30, 5, 35.0, "cifar-dirichlet"),
     Scenario("cifar-2classes", _cifar(**TWO_CLASSES), LENET, 30, 5, 25.0, "cifar-dirichlet"),
-    Scenario("cifar-batchnorm", _cifar(**DIRICHLET), NORMALISED, 30, 5, 35.0, "cifar-dirichlet", HOME),
+    Scenario("cifar-batchnorm", _cifar(**DIRICHLET), NORMALISED, 30, 5, 35.0, "cifar-dirichlet", HOME, BY_STATISTICS),
     Scenario("phones", WISDM, MLP, 40, 2, 70.0, "phones"),
 )
 METHODS: tuple[Method, ...] = (
@@ -150,8 +154,8 @@ METHODS: tuple[Method, ...] = (
     Method("sparsyfed", "sparsyfed"),
     Method("prunefl", "prunefl", {"every": 4}),
     Method("feddst", "feddst", {"every": 4}),
-    Method("fedtiny", "fedtiny", {"every": 3}),
-    Method("fedtiny-erk", "fedtiny", {"every": 3, "layers": "erk"}),
+    Method("fedtiny", "fedtiny", {"every": 3, "selection": "loss"}),
+    Method("fedtiny-erk", "fedtiny", {"every": 3, "selection": "loss", "layers": "erk"}),
     Method("hidenseek", "hidenseek", rate="algorithm.lr", rates=(0.03, 0.1, 0.3, 1.0)),
     Method("fedmask", "fedmask", rate="algorithm.lr", rates=(0.1, 0.3, 1.0, 3.0)),
     Method("fedpm", "fedpm", rate="algorithm.lr", rates=(1.0, 10.0, 100.0, 1000.0)),
