@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedsieve import Data, Layout, Model, Params, Streams, build, federate, load
 from fedsieve.params import Kind, Slot
@@ -17,6 +18,12 @@ def digits():
 def small(digits):
     """An MLP with 64-16-10 weights and biases."""
     return build(Model(name="mlp", hidden=(16,)), digits.shape, digits.classes)
+
+
+def normalised(shape, classes):
+    """A convolution with BatchNorm and a linear layer, for images of 8 x 8 pixels."""
+    beginning = nn.Conv2d(shape[0], 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)
+    return nn.Sequential(*beginning, nn.Flatten(), nn.Linear(64, classes))
 
 
 @pytest.fixture

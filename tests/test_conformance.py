@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -12,13 +13,15 @@ import tomli_w
 import torch
 
 from conftest import same
-from fedsieve import Engine, Local, Message, Streams, fit, pack, unpack
+from fedsieve import Engine, Local, Message, Model, Streams, build, fit, pack, unpack
 from fedsieve.algorithms.base import Job, find, names
 from fedsieve.config import Config
 from fedsieve.engine.freeze import freeze, thaw
 from fedsieve.engine.handle import Device, Plan, handle
 from fedsieve.engine.transports import Sequential
 from fedsieve.local.executor import Executor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOCAL = Local(epochs=1, batch=16, lr=0.1, momentum=0.5)
 ROUNDS = 5
@@ -52,6 +55,21 @@ def comparable(result):
     """Everything of a result that must repeat."""
     rows = [{key: value for key, value in row.items() if key not in ("seconds", "peak_memory_mb")} for row in result.rows]
     return json.dumps(rows, sort_keys=True), result.params.flat.numpy().tobytes(), result.masks.kept.numpy().tobytes()
+
+
+NORMALISED, PLAIN = Model(name="conftest:normalised"), Model(name="mlp", hidden=(16,))
+
+
+def network(algorithm):
+    """The settings of a network that a method takes: one with BatchNorm if it needs that, else a small perceptron."""
+    return NORMALISED if getattr(algorithm, "needs_statistics", False) else PLAIN
+
+
+@pytest.fixture
+def small(request, digits):
+    """A network for the method of the test."""
+    algorithm = request.getfixturevalue("algorithm") if "algorithm" in request.fixturenames else None
+    return build(network(algorithm), digits.shape, digits.classes)
 
 
 def start(small):
@@ -193,12 +211,13 @@ def test_a_client_that_drops_out_still_cost_its_download(digits, small):
 ELSEWHERE = """
 import sys, numpy as np, torch
 from pathlib import Path
-from fedsieve import Federation, Model, build
+from fedsieve import Federation, build
 from fedsieve.config import from_file
 from fedsieve.data.batches import Examples
 from fedsieve.engine.handle import Device, Plan, handle
 torch.set_num_threads(1)
 mean, std = eval(sys.argv[1])
+sys.path.append(sys.argv[2])
 nobody = np.arange(0)
 for line in sys.stdin:
     here = Path(line.strip())
@@ -207,7 +226,7 @@ for line in sys.stdin:
     data = Examples(x, torch.from_numpy(own["y"]), mean, std)
     parts = tuple(np.arange(len(own["y"])) if client == 2 else nobody for client in range(6))
     federation = Federation("own", 10, data, data, parts, (nobody,) * 6, False)
-    spec = build(Model(name="mlp", hidden=(16,)), (1, 8, 8), 10)
+    spec = build(config.model, (1, 8, 8), 10)
     device = Device(Plan(config.algorithm, spec, federation, config.local, config.engine.rounds, config.engine.seed))
     reply, kept = handle(device, 2, (here / "payload").read_bytes(), (here / "mine").read_bytes() or None)
     same = reply == (here / "reply").read_bytes() and (kept or b"") == (here / "kept").read_bytes()
@@ -218,7 +237,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def elsewhere(digits, tmp_path_factory):
     """A process of its own that plays client 2 as a folder says; return whether reply and kept state are those in there."""
-    words = [sys.executable, "-c", ELSEWHERE, repr((digits.train.mean, digits.train.std))]
+    words = [sys.executable, "-c", ELSEWHERE, repr((digits.train.mean, digits.train.std)), str(Path(__file__).parent)]
     errors = (tmp_path_factory.mktemp("elsewhere") / "errors").open("w+")
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
 
@@ -244,7 +263,7 @@ def test_a_client_needs_nothing_but_config_bytes_own_data_and_own_state(name, al
         reply, kept = handle(device, 2, payload, mine)
         asked, mine = mine, kept
         state = algorithm.aggregate(state, [(2, algorithm.read(state, unpack(reply, small.layout)))])
-    config = Config(name, algorithm, local=LOCAL, engine=engine(cohort=0))
+    config = Config(name, algorithm, model=network(algorithm), local=LOCAL, engine=engine(cohort=0))
     (tmp_path / "config.toml").write_text(tomli_w.dumps(config.tables()))
     (tmp_path / "payload").write_bytes(payload)
     (tmp_path / "reply").write_bytes(reply)

@@ -52,7 +52,11 @@ from fedsieve.wire.versions import Versions
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOCAL = Local(epochs=1, batch=16, lr=0.1, momentum=0.5, weight_decay=0.01)
-MOVERS = [FedTiny(density=0.2, every=2, stop=100), FedDST(density=0.2, every=2), PruneFL(density=0.2, every=2, initial=2)]
+MOVERS = [
+    FedTiny(density=0.2, every=2, stop=100, selection="loss"),
+    FedDST(density=0.2, every=2),
+    PruneFL(density=0.2, every=2, initial=2),
+]
 movers = pytest.mark.parametrize("algorithm", MOVERS, ids=lambda each: type(each).__name__)
 
 
@@ -504,11 +508,25 @@ def test_losses_are_those_of_training_examples_under_the_averaged_statistics(dig
     assert float(heard[1][2][1][1][1]) == pytest.approx(found.mean_loss, rel=1e-6)
 
 
-@pytest.mark.parametrize(("norm", "exchanges"), [("batch", 2), ("group", 1), ("none", 1)])
-def test_without_batch_normalisation_there_are_only_losses(norm, exchanges, digits):
-    states, _ = set_up(FedTiny(density=0.2, pool=2), network(norm), digits)
-    assert len(states) - 1 == exchanges
-    assert len(set_up(FedTiny(density=0.2, pool=1), network(norm), digits)[0]) == 1
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_selection_by_loss_takes_one_exchange_and_a_pool_of_one_none_whatever_the_network(norm, digits):
+    states, heard = set_up(FedTiny(density=0.2, pool=2, selection="loss"), spec := network(norm), digits)
+    assert len(states) - 1 == 1
+    params, masks = states[0].pool.candidate(1)
+    own = client_of(spec, digits, 2).evaluate_training(params, masks).mean_loss
+    assert float(heard[0][2][1][1][1]) == pytest.approx(own, rel=1e-6)
+    assert same(states[1].params.statistics, params.statistics)
+    assert len(set_up(FedTiny(density=0.2, pool=1), spec, digits)[0]) == 1
+
+
+@pytest.mark.parametrize(("norm", "has"), [("group", "has GroupNorm"), ("none", "has no normalisation")])
+def test_selection_by_statistics_needs_batch_normalisation(norm, has):
+    spec = network(norm)
+    job = Job(spec, spec.initial("kaiming", Streams(5)), 9, 6, Streams(0))
+    with pytest.raises(
+        UsageError, match=f"(?s)selection = statistics .* 2 candidates .*{has}.*selection = loss.*lenet.*pool = 1"
+    ):
+        FedTiny(density=0.2, pool=2).init(job)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -545,7 +563,7 @@ def test_pooled_statistics_are_those_of_a_model_evaluated_later(digits):
 @pytest.mark.parametrize("layers", ["uniform", "erk"])
 def test_both_ends_make_the_same_candidates_of_exactly_the_density(origin, layers):
     spec = build(Model(name="resnet8"), (1, 8, 8), 10)
-    algorithm = FedTiny(density=0.02, origin=origin, layers=layers)
+    algorithm = FedTiny(density=0.02, origin=origin, layers=layers, selection="loss")
     start = spec.initial("glorot", Streams(1))
     state = algorithm.init(Job(spec, start, 9, 6, Streams(0)))
     assert len(state.pool.counts) == 5  # 0.1 / 0.02
@@ -595,7 +613,7 @@ def test_set_up_is_in_round_one_counted_apart_and_waits_for_an_answer(digits):
 def test_losses_of_clients_count_alike():
     """As published: 0 and 0.9 make 0.45, less than 1 and 0 do; by examples, 1 and 3, it would be 0.675 and 0.25."""
     layout = sized(20, 20)
-    algorithm = FedTiny(density=0.5, pool=2)
+    algorithm = FedTiny(density=0.5, pool=2, selection="loss")
     state = algorithm.init(job_of(layout, Params.zeros(layout)))
     answers = [([0.0, 1.0], 1), ([0.9, 0.0], 3)]
     replies = [Message("setup", 1, layout, {"measured": vector(losses), "examples": number(n)}) for losses, n in answers]
@@ -608,7 +626,7 @@ def test_losses_of_clients_count_alike():
 
 @pytest.mark.parametrize("count", [0, 1, 5, 7])
 def test_set_up_answers_of_other_lengths_are_refused(count, digits):
-    algorithm, spec = FedTiny(density=0.2, pool=3), network("none")
+    algorithm, spec = FedTiny(density=0.2, pool=3, selection="loss"), network("none")
     state = algorithm.init(Job(spec, spec.initial("kaiming", Streams(0)), 9, 6, Streams(0)))
     with pytest.raises(WireError):
         algorithm.read(state, Message("setup", 1, spec.layout, {"measured": vector([1.0] * count), "examples": number(3)}))
@@ -802,8 +820,8 @@ def accuracy(algorithm, ten):
 @pytest.mark.parametrize(
     ("algorithm", "bar"),
     [
-        (FedTiny(density=0.2, every=3, stop=18), 0.91),
-        (FedTiny(density=0.2, every=3, stop=18, progress="all", origin="start"), 0.91),
+        (FedTiny(density=0.2, every=3, stop=18, selection="loss"), 0.91),
+        (FedTiny(density=0.2, every=3, stop=18, progress="all", origin="start", selection="loss"), 0.91),
         (FedDST(density=0.2, every=3), 0.93),
         (PruneFL(density=0.2, every=5), 0.93),
     ],
@@ -814,7 +832,9 @@ def test_digits_are_learned_at_a_fifth_of_the_weights(algorithm, bar, ten):
 
 
 @pytest.mark.parametrize(
-    "algorithm", [FedTiny(density=0.05, every=3, stop=18), FedDST(density=0.05, every=3)], ids=["fedtiny", "feddst"]
+    "algorithm",
+    [FedTiny(density=0.05, every=3, stop=18, selection="loss"), FedDST(density=0.05, every=3)],
+    ids=["fedtiny", "feddst"],
 )
 def test_masks_that_move_are_better_than_masks_that_stand(algorithm, ten):
     assert accuracy(algorithm, ten) > accuracy(replace(algorithm, every=100), ten) + 0.05

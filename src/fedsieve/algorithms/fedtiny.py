@@ -3,7 +3,7 @@
 With d the density, P the maskable weights, Q all other numbers, S those of them that are BatchNorm statistics, L tensors, C
 candidates, a the weights that a round exchanges, H the binary entropy; in bits a client:
 
-    set-up 1  down  64 (seed), C L small whole numbers, 32 Q      up  32 C S, only if there is BatchNorm
+    set-up 1  down  64 (seed), C L small whole numbers, 32 Q      up  32 C S; with selection = loss no such set-up
     set-up 2  down  the same, and 32 C S                          up  64 C, the mean loss of each candidate
     round     down  32 d P + 32 Q; masks that changed P H(2a/P), masks for whoever lacks more P H(d)
               up    32 d P + 32 Q; if masks move 32 a, and their places P H(a/P)
@@ -36,6 +36,7 @@ from fedsieve.errors import UsageError
 from fedsieve.local.executor import Client
 from fedsieve.local.memory import training_memory
 from fedsieve.models.candidates import Pool
+from fedsieve.models.spec import CATALOGUE
 from fedsieve.params import Masks, Params
 from fedsieve.settings import Count, CountOrZero, Density, Share, Threshold, settings
 from fedsieve.sparsity.allocate import allocate
@@ -79,6 +80,9 @@ class FedTiny:
     """candidates, >= 0 (0: 0.1 / density, as we recall, 2 at least; 1: nothing to choose; the released code takes 5)"""
     origin: Literal["seeds", "start"] = "seeds"
     """candidates' weights: drawn for each by He's rule, so that a seed is all that is sent; or parts of the job's start"""
+    selection: Literal["statistics", "loss"] = "statistics"
+    """what candidates are compared by: their losses under the clients' mean BatchNorm statistics, which takes a network with
+    BatchNorm (statistics); or under those that they start with, for any network (loss: the paper's vanilla selection)"""
     layers: Literal["uniform", "erk"] = "uniform"
     """densities of the tensors, around which candidates are drawn"""
     noise: Share = 0.5
@@ -104,6 +108,11 @@ class FedTiny:
         """Whether weights start elsewhere than the job says."""
         return self.origin == "seeds"
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the network must have BatchNorm: a pool of one is not chosen from."""
+        return self.selection == "statistics" and self._candidates > 1
+
     def init(self, job: Job) -> State:
         """Draw the pool."""
         keep, tensors = round(self.density * job.layout.maskable), len(job.layout.masked_slots)
@@ -111,6 +120,14 @@ class FedTiny:
             raise UsageError(
                 f"algorithm.density = {self.density} keeps {keep} of {job.layout.maskable} weights in {tensors} tensors, which"
                 " need one each: use a larger density (see also model.maskable and model.dense)."
+            )
+        if self.needs_statistics and not job.spec.has_statistics:
+            takers = ", ".join(entry.name for entry in CATALOGUE if "norm" in entry.options)
+            raise UsageError(
+                f"algorithm.selection = statistics compares {self._candidates} candidates by their BatchNorm statistics; model"
+                f" {job.spec.name!r} has {' and '.join(job.spec.norms) or 'no normalisation'}.\n"
+                f"Set algorithm.selection = loss, which takes any model; or model.norm = batch with model.name one of {takers};"
+                " or algorithm.pool = 1, which compares nothing."
             )
         params, masks = (pool := self._pool(job, keep)).candidate(0)
         versions, choice = Versions.start(masks, job.clients), pool if len(pool.counts) > 1 else None
@@ -134,7 +151,7 @@ class FedTiny:
     def client_update(self, request: Message, client: Client, mine: Known | None) -> tuple[Message, Known | None]:
         """Measure each candidate; or train, and find the steepest pruned weights."""
         if request.kind == "setup":
-            return _measured(request, client), mine
+            return self._measured(request, client), mine
         masks, known = Known.told(request, mine)
         trained = client.train(request.values("weights", masks), masks=masks)
         sections = {"weights": values(trained.params, masks)}
@@ -153,7 +170,7 @@ class FedTiny:
         share, layout, nothing = weight(reply, self.weighting), state.params.layout, torch.zeros(0)
         if state.pool is not None:
             found, candidates = reply.vector("measured").double(), len(state.pool.counts)
-            width = layout.size - layout.trainable if _unmeasured(state) else 1
+            width = layout.size - layout.trainable if self._unmeasured(state) else 1
             if len(found) != candidates * width:
                 raise WireError(Reason.COUNT, 0, f"{len(found)} numbers of {candidates} candidates, not {width} each")
             return share, found.view(candidates, width), nothing, nothing
@@ -193,10 +210,14 @@ class FedTiny:
         """Return the global model and its masks; while nothing is chosen, the first candidate."""
         return state.params, state.versions.masks
 
+    @property
+    def _candidates(self) -> int:
+        return self.pool or max(2, round(0.1 / self.density))
+
     def _pool(self, job: Job, keep: int) -> Pool:
         layout, names = job.layout, [slot.name for slot in job.layout.masked_slots]
         counts = []
-        for index in range(self.pool or max(2, round(0.1 / self.density))):
+        for index in range(self._candidates):
             spread = (2 * job.streams(f"pool/{index}").uniform(len(names)) - 1) * (self.noise if index else 0.0)
             counts.append(list(allocate(layout, keep, self.layers, floor=1, factors=(1 + spread).tolist()).values()))
         most = torch.tensor(counts).amax(0) if self.origin == "start" else torch.zeros(len(names), dtype=torch.int64)
@@ -205,12 +226,12 @@ class FedTiny:
         return Pool(job.streams("pool").word(), torch.tensor(counts, dtype=torch.int32), job.start.under(among), among)
 
     def _choose(self, state: State, pool: Pool, replies: Iterable[tuple[int, Reply]]) -> State:
-        mean = StatisticsMean(state.params.layout, pooled=_unmeasured(state) and self.variance == "pooled")
+        mean = StatisticsMean(state.params.layout, pooled=self._unmeasured(state) and self.variance == "pooled")
         for _, (share, found, *_) in replies:
-            mean.add(found, share if _unmeasured(state) else 1.0)  # losses count alike
+            mean.add(found, share if self._unmeasured(state) else 1.0)  # losses count alike
         if not mean.weight:
             return replace(state, round=state.round + 1)
-        if _unmeasured(state):
+        if self._unmeasured(state):
             return replace(state, statistics=mean.value())
         params, masks = pool.candidate(best := int(mean.value().argmin()))
         if state.statistics is not None:
@@ -229,22 +250,21 @@ class FedTiny:
         names = [slot.name for slot in slots if self.progress == "all" or slot.block == turn]
         return exchanges(masks, share, names)
 
+    def _unmeasured(self, state: State) -> bool:
+        """Whether BatchNorm's statistics of the candidates are still to come."""
+        return self.selection == "statistics" and state.statistics is None
 
-def _unmeasured(state: State) -> bool:
-    """Whether BatchNorm's statistics of the candidates are still to come."""
-    return state.statistics is None and state.params.layout.size > state.params.layout.trainable
-
-
-def _measured(request: Message, client: Client) -> Message:
-    """Measure statistics of each candidate, or its loss once the server has averaged them; one candidate at a time."""
-    pool, layout, found = Pool.of(request), client.layout, []
-    given = request.vector("statistics").view(len(pool.counts), -1) if "statistics" in request.sections else None
-    for index in range(len(pool.counts)):
-        params, masks = pool.candidate(index)
-        if given is None and layout.size > layout.trainable:
-            found.append(client.statistics(params, masks).statistics.clone())
-            continue
-        if given is not None:
-            params.statistics.copy_(given[index])
-        found.append(torch.tensor([client.evaluate_training(params, masks).mean_loss], dtype=torch.float64))
-    return request.reply(measured=vector(torch.cat(found)), examples=number(client.examples))
+    def _measured(self, request: Message, client: Client) -> Message:
+        """Measure statistics of each candidate, or its loss; one candidate at a time."""
+        pool, given, found = Pool.of(request), None, []
+        if "statistics" in request.sections:
+            given = request.vector("statistics").view(len(pool.counts), -1)
+        for index in range(len(pool.counts)):
+            params, masks = pool.candidate(index)
+            if self.selection == "statistics" and given is None:
+                found.append(client.statistics(params, masks).statistics.clone())
+                continue
+            if given is not None:
+                params.statistics.copy_(given[index])
+            found.append(torch.tensor([client.evaluate_training(params, masks).mean_loss], dtype=torch.float64))
+        return request.reply(measured=vector(torch.cat(found)), examples=number(client.examples))

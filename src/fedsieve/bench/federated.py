@@ -82,7 +82,8 @@ SCENARIOS = (
         5,
         35.0,
         "cifar-batchnorm",
-        ("fedavg", "snip", "synflow", "prunefl", "feddst", "fedtiny-selected", "fedtiny-selected-erk"),
+        ("fedavg", "snip", "synflow", "prunefl", "feddst", "fedtiny", "fedtiny-erk"),
+        {"fedtiny": {"selection": "statistics"}},
     ),
     Scenario("phones", WISDM, MLP, 40, 2, 70.0, "phones"),
 )

@@ -73,10 +73,13 @@ class Scenario:
     """scenario whose learning rates it takes; one that has its own name chooses them"""
     methods: tuple[str, ...] = ()
     """names of those that are played; empty: all"""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """of an algorithm, where they are others here"""
 
     def config(self, method: Method, density: float | None, seed: int, rate: float) -> Config:
         """Return the config of one run."""
-        values = {f"algorithm.{key}": value for key, value in method.settings.items()}
+        own = {**method.settings, **self.settings.get(method.algorithm, {})}
+        values = {f"algorithm.{key}": value for key, value in own.items()}
         values |= {"local.epochs": 2, method.rate: rate}
         if density is not None:
             values["algorithm.density"] = density
@@ -133,6 +136,10 @@ class Study:
         return next(each for each in self.scenarios if each.name == scenario.rates)
 
 
+Trial = tuple[Scenario, Method, float | None, float]
+"""of a learning rate, at a density"""
+
+
 class Tuning:
     """Which learning rate each method has in each set of data, as tuning.csv says."""
 
@@ -148,8 +155,9 @@ class Tuning:
         tried = self._tried(scenario, method, density)
         return [rate for rate in method.rates if str(rate) not in tried]
 
-    def add(self, scenario: Scenario, method: Method, density: float | None, rate: float, found: Mapping[str, float]) -> None:
+    def add(self, trial: Trial, found: Mapping[str, float]) -> None:
         """Keep what a trial came to."""
+        scenario, method, density, rate = trial
         name = "" if density is None else str(density)
         values = (scenario.rates, method.name, name, str(rate), *(f"{found[key]:.4f}" for key in self.HEAD[4:]))
         self.rows.append(dict(zip(self.HEAD, values, strict=True)))
@@ -179,18 +187,14 @@ def main(compared: Study, program: str, about: str, words: Sequence[str]) -> int
     """Play what is missing of a study, and write its tables and pages after each seed."""
     parser = argparse.ArgumentParser(program, description=about.partition("\n")[0])
     parser.add_argument("--limit", type=float, default=float("inf"), help="begin no run after so many seconds; default: none")
-    parser.add_argument(
-        "--folder", type=Path, default=compared.folder, help=f"where runs are kept; default: {compared.folder}"
-    )
+    parser.add_argument("--folder", type=Path, default=compared.folder, help=f"where runs are kept; default: {compared.folder}")
     for name, known in (("methods", compared.methods), ("scenarios", compared.scenarios)):
         names = [each.name for each in known]
         parser.add_argument(f"--{name}", nargs="+", choices=names, default=names, metavar="NAME", help="only these")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on a core of its own; default: 2")
     options = parser.parse_args(words)
     asked = [
-        cell
-        for cell in compared.cells()
-        if cell.method.name in options.methods and cell.scenario.name in options.scenarios
+        cell for cell in compared.cells() if cell.method.name in options.methods and cell.scenario.name in options.scenarios
     ]
     end = time.monotonic() + options.limit
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
@@ -200,7 +204,7 @@ def main(compared: Study, program: str, about: str, words: Sequence[str]) -> int
 
         tuning = Tuning(options.folder)
         for task, found in each(_try, _untried(compared, asked, tuning)):
-            tuning.add(*task, found)
+            tuning.add(task, found)
         for seed in SEEDS:
             left = (
                 (cell, seed, tuning.rate(cell), options.folder)
@@ -219,7 +223,7 @@ def main(compared: Study, program: str, about: str, words: Sequence[str]) -> int
     return 0 if time.monotonic() < end else 1
 
 
-def _untried(compared: Study, asked: Sequence[Cell], tuning: Tuning) -> Iterator[tuple[Scenario, Method, float | None, float]]:
+def _untried(compared: Study, asked: Sequence[Cell], tuning: Tuning) -> Iterator[Trial]:
     """Yield the trials that are still to be made for some cells, each once."""
     known = set[tuple[str, str, float | None]]()
     for cell in asked:

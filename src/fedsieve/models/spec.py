@@ -152,6 +152,17 @@ class ModelSpec:
         """Number of trained parameters."""
         return self.layout.trainable
 
+    @property
+    def norms(self) -> list[str]:
+        """Names of the classes of its normalisation layers, each once."""
+        return list(dict.fromkeys(type(layer).__name__ for layer in self.module.modules() if isinstance(layer, NORMS)))
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether BatchNorm keeps statistics in it."""
+        norms = (layer for layer in self.module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm))
+        return any(layer.running_mean is not None for layer in norms)
+
     def density_flops(self, masks: Masks) -> int:
         """Return the forward FLOPs of one example under the masks: each maskable slot's FLOPs times its density."""
         total, kept = 0, masks.counts()
