@@ -241,7 +241,7 @@ def test_flops_of_growing_are_one_dense_weight_gradient_of_the_block(digits, sma
 def test_flops_of_the_choice_are_forward_passes_over_all_examples(digits, small):
     """Of 1184 weights 237 are kept; 240 examples go forward once for each of 3 candidates; an epoch is 3 times as much."""
     engine = Engine(rounds=2, eval_clients=0)
-    rows = fit(FedTiny(density=0.2, pool=3), model=small, data=digits, local=LOCAL, engine=engine).rows
+    rows = fit(FedTiny(density=0.2, pool=3, selection="loss"), model=small, data=digits, local=LOCAL, engine=engine).rows
     assert [row["flops"] for row in rows] == [240 * 2 * 237 * (3 + 3), 240 * 2 * 237 * 3]
 
 
