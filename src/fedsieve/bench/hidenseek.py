@@ -14,8 +14,8 @@ from fedsieve.bench.federated import FASHION
 from fedsieve.bench.methods import Method, Study, main
 
 
-def _variant(name: str, rates: tuple[float, ...] = (0.1, 0.3, 1.0), **settings: Any) -> Method:
-    return Method(name, "hidenseek", settings, densities=(0.1, 0.05), rate="algorithm.lr", rates=rates)
+def _variant(name: str, first: tuple[float, float] = (0.1, 0.3), **settings: Any) -> Method:
+    return Method(name, "hidenseek", settings, densities=(0.1, 0.05), rate="algorithm.lr", first=first)
 
 
 VARIANTS = (
@@ -31,8 +31,8 @@ VARIANTS = (
     _variant("identity", estimator="identity"),
     _variant("tanh", estimator="tanh"),
     _variant("no-clip", clip=0.0),
-    _variant("adam", (0.001, 0.003, 0.01), optimizer="adam"),
-    _variant("layer-gradient", (0.01, 0.03, 0.1), gradient="layer"),
+    _variant("adam", (0.001, 0.003), optimizer="adam"),
+    _variant("layer-gradient", (0.03, 0.1), gradient="layer"),
     _variant("mean-8-bits", merge="mean"),
     _variant("logit-8-bits", merge="logit"),
     _variant("logit-4-bits", merge="logit", bits=4),
