@@ -40,12 +40,15 @@ from fedsieve.algorithms.fedtiny import FedTiny
 from fedsieve.algorithms.prunefl import PruneFL, _times, paying
 from fedsieve.engine.freeze import freeze, thaw
 from fedsieve.engine.handle import Device, Plan, handle
+from fedsieve.init import kaiming_uniform
 from fedsieve.local.executor import Client, Executor, Trained
 from fedsieve.local.memory import training_memory
 from fedsieve.models.candidates import Pool
 from fedsieve.sparsity.allocate import allocate
 from fedsieve.sparsity.regrow import exchanges, lowered
 from fedsieve.sparsity.schedule import exchanged
+from fedsieve.sparsity.scores import magnitude
+from fedsieve.sparsity.select import select_by_slot
 from fedsieve.wire.sections import indices, mask, number, values, vector
 from fedsieve.wire.versions import Versions
 
@@ -588,6 +591,30 @@ def test_both_ends_make_the_same_candidates_of_exactly_the_density(origin, layer
     else:
         assert state.pool.among.count < 1.6 * 0.02 * spec.layout.maskable
         assert len(payload) < extras + 4 * state.pool.among.count + spec.layout.maskable // 8 + 400
+
+
+@pytest.mark.parametrize("maskable", ["weights", "all"])
+def test_candidates_are_those_of_whole_draws_made_in_the_memory_of_one_tensor(maskable):
+    """By count of whole vectors that are made: the parameters that are returned and no other."""
+    spec = build(Model(name="mlp", hidden=(64,) * 6, maskable=maskable), (1, 8, 8), 10)
+    layout, wanted = spec.layout, round(0.1 * spec.layout.maskable)
+    pool = FedTiny(density=0.1, pool=3).init(Job(spec, spec.initial("glorot", Streams(1)), 9, 6, Streams(0))).pool
+    for index in range(3):
+        counts = dict(zip((slot.name for slot in layout.masked_slots), pool.counts[index].tolist(), strict=True))
+        streams = Streams(pool.seed, round=index)
+        whole = kaiming_uniform(layout, streams)
+        expected = select_by_slot(magnitude(whole), counts, within=Masks.full(layout), ties=streams("ties"))
+        with Live(4 * layout.size) as vectors:
+            params, masks = pool.candidate(index)
+        assert vectors.most == 1
+        if maskable == "weights":
+            with Live(4 * layout.maskable) as vectors:
+                pool.candidate(index)
+            assert vectors.most == 0
+        assert masks.count == wanted
+        assert same(masks.kept, expected.kept)
+        assert same(params.maskable, whole.under(expected).maskable)
+        assert same(params.dense, pool.given.dense)
 
 
 def test_set_up_is_in_round_one_counted_apart_and_waits_for_an_answer(digits):
