@@ -40,12 +40,15 @@ from fedsieve.algorithms.fedtiny import FedTiny
 from fedsieve.algorithms.prunefl import PruneFL, _times, paying
 from fedsieve.engine.freeze import freeze, thaw
 from fedsieve.engine.handle import Device, Plan, handle
+from fedsieve.init import kaiming_uniform
 from fedsieve.local.executor import Client, Executor, Trained
 from fedsieve.local.memory import training_memory
 from fedsieve.models.candidates import Pool
 from fedsieve.sparsity.allocate import allocate
 from fedsieve.sparsity.regrow import exchanges, lowered
 from fedsieve.sparsity.schedule import exchanged
+from fedsieve.sparsity.scores import magnitude
+from fedsieve.sparsity.select import select_by_slot
 from fedsieve.wire.sections import indices, mask, number, values, vector
 from fedsieve.wire.versions import Versions
 
@@ -241,7 +244,9 @@ def test_flops_of_growing_are_one_dense_weight_gradient_of_the_block(digits, sma
 def test_flops_of_the_choice_are_forward_passes_over_all_examples(digits, small):
     """Of 1184 weights 237 are kept; 240 examples go forward once for each of 3 candidates; an epoch is 3 times as much."""
     engine = Engine(rounds=2, eval_clients=0)
-    rows = fit(FedTiny(density=0.2, pool=3, alpha=0.0, selection="loss"), model=small, data=digits, local=LOCAL, engine=engine).rows
+    rows = fit(
+        FedTiny(density=0.2, pool=3, alpha=0.0, selection="loss"), model=small, data=digits, local=LOCAL, engine=engine
+    ).rows
     assert [row["flops"] for row in rows] == [240 * 2 * 237 * (3 + 3), 240 * 2 * 237 * 3]
 
 
@@ -588,6 +593,30 @@ def test_both_ends_make_the_same_candidates_of_exactly_the_density(origin, layer
     else:
         assert state.pool.among.count < 1.6 * 0.02 * spec.layout.maskable
         assert len(payload) < extras + 4 * state.pool.among.count + spec.layout.maskable // 8 + 400
+
+
+@pytest.mark.parametrize("maskable", ["weights", "all"])
+def test_candidates_are_those_of_whole_draws_made_in_the_memory_of_one_tensor(maskable):
+    """By count of whole vectors that are made: the parameters that are returned and no other."""
+    spec = build(Model(name="mlp", hidden=(64,) * 6, maskable=maskable), (1, 8, 8), 10)
+    layout, wanted = spec.layout, round(0.1 * spec.layout.maskable)
+    pool = FedTiny(density=0.1, pool=3).init(Job(spec, spec.initial("glorot", Streams(1)), 9, 6, Streams(0))).pool
+    for index in range(3):
+        counts = dict(zip((slot.name for slot in layout.masked_slots), pool.counts[index].tolist(), strict=True))
+        streams = Streams(pool.seed, round=index)
+        whole = kaiming_uniform(layout, streams)
+        expected = select_by_slot(magnitude(whole), counts, within=Masks.full(layout), ties=streams("ties"))
+        with Live(4 * layout.size) as vectors:
+            params, masks = pool.candidate(index)
+        assert vectors.most == 1
+        if maskable == "weights":
+            with Live(4 * layout.maskable) as vectors:
+                pool.candidate(index)
+            assert vectors.most == 0
+        assert masks.count == wanted
+        assert same(masks.kept, expected.kept)
+        assert same(params.maskable, whole.under(expected).maskable)
+        assert same(params.dense, pool.given.dense)
 
 
 def test_set_up_is_in_round_one_counted_apart_and_waits_for_an_answer(digits):

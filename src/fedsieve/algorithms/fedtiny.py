@@ -13,7 +13,8 @@ each set-up: 32 bits for each that any candidate keeps, and where it is.
 
 Every `every` rounds one block, from the output to the input and round again, drops its smallest weights and grows as many of
 the steepest pruned ones. Clients find these in O(a) memory after training (`client.top_gradients`). `client_memory` in the
-record is that of training and growing; in set-up one candidate is made at a time, which takes no gradient.
+record is that of training and growing; in set-up one candidate is made at a time, drawn and pruned tensor by tensor, and no
+gradient is taken: beside what is kept that needs the draws of one tensor, 20 bytes for each weight of the largest.
 
 Deviates: layer densities are drawn around the target and brought back to it; none is rejected. The released code sends no
 statistics, takes ranks among pruned weights for positions, and lets weights drift under the mask; here not. A weight that was

@@ -1,7 +1,8 @@
 """Studies that compare methods: each one's learning rate is chosen first, then every run is played, two at a time.
 
 Rates are chosen on training examples that are held out (`data.validation`), with a seed and a split of their own, by the mean
-accuracy over clients, and kept in tuning.csv. A trial or a run that is in the folder already is not repeated, so a study can be
+accuracy over clients: two of a ladder are tried, and as long as the best is an outermost one the next beyond it. All trials are
+in tuning.csv. A trial or a run that is in the folder already is not repeated, so a study can be
 stopped and started again. Kept are each run's config.toml, summary.json and records.csv; table.md and a page for each scenario
 are made of all of them.
 """
@@ -35,6 +36,8 @@ from fedsieve.settings import Data, Engine, Model
 
 SEEDS = (0, 1)
 TUNING_SEED, VALIDATION = 100, 0.2
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for digit in (1, 3))
+"""learning rates that are tried"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,8 @@ class Method:
     """at which it is played; None: it has no density"""
     rate: str = "local.lr"
     """its learning rate"""
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3)
-    """from which it is chosen"""
+    first: tuple[float, float] = (0.1, 0.3)
+    """that are tried first"""
     tuned: tuple[float | None, ...] = (0.05,)
     """densities at which it is chosen: all, or one for all"""
 
@@ -151,9 +154,12 @@ class Tuning:
             self.rows = list(DictReader(file))
 
     def missing(self, scenario: Scenario, method: Method, density: float | None) -> list[float]:
-        """Return the rates that are still to be tried."""
+        """Return the rates that are to be tried next; none, if the best has been found."""
         tried = self._tried(scenario, method, density)
-        return [rate for rate in method.rates if str(rate) not in tried]
+        if untried := [rate for rate in method.first if rate not in tried]:
+            return untried
+        best = LADDER.index(max(tried, key=lambda rate: tried[rate]))
+        return [rate for rate in LADDER[max(0, best - 1) : best + 2] if rate not in tried]
 
     def add(self, trial: Trial, found: Mapping[str, float]) -> None:
         """Keep what a trial came to."""
@@ -170,14 +176,13 @@ class Tuning:
 
     def rate(self, cell: Cell) -> float:
         """Return the rate with the best mean accuracy over clients, of equals the smallest."""
-        method = cell.method
-        tried = self._tried(cell.scenario, method, method.tuned_at(cell.density))
-        return max(sorted(method.rates), key=lambda rate: tried[str(rate)])
+        tried = self._tried(cell.scenario, cell.method, cell.method.tuned_at(cell.density))
+        return max(tried, key=lambda rate: tried[rate])
 
-    def _tried(self, scenario: Scenario, method: Method, density: float | None) -> dict[str, float]:
+    def _tried(self, scenario: Scenario, method: Method, density: float | None) -> dict[float, float]:
         key = (scenario.rates, method.name, "" if density is None else str(density))
         mine = (row for row in self.rows if (row["scenario"], row["method"], row["density"]) == key)
-        return {row["rate"]: float(row["client_accuracy"]) for row in mine}
+        return dict(sorted((float(row["rate"]), float(row["client_accuracy"])) for row in mine))
 
 
 # ---- playing
@@ -203,8 +208,11 @@ def main(compared: Study, program: str, about: str, words: Sequence[str]) -> int
             return _played(pool, options.jobs, play, tasks, end)
 
         tuning = Tuning(options.folder)
-        for task, found in each(_try, _untried(compared, asked, tuning)):
-            tuning.add(task, found)
+        while untried := list(_untried(compared, asked, tuning)):
+            for task, found in each(_try, untried):
+                tuning.add(task, found)
+            if time.monotonic() > end:
+                return 1
         for seed in SEEDS:
             left = (
                 (cell, seed, tuning.rate(cell), options.folder)

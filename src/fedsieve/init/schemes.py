@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection
 from math import prod, sqrt
 
 import torch
+from torch import Tensor
 
 from fedsieve.params import Kind, Layout, Params, Slot
 from fedsieve.streams import Streams
@@ -37,7 +38,12 @@ def kaiming_uniform(layout: Layout, streams: Streams, *, embeddings: Collection[
         streams: the family that the draws come from; both ends of a wire must use the same seed, round and client.
         embeddings: names of lookup tables of shape (tokens, width). They have no fan: U(-sqrt(3), sqrt(3)).
     """
-    return _draw(layout, streams, embeddings, lambda fan_in, fan_out: sqrt(6 / fan_in))
+    return _draw(layout, streams, embeddings, _kaiming)
+
+
+def kaiming_slot(slot: Slot, streams: Streams) -> Tensor:
+    """Return what `kaiming_uniform` fills one slot with, which is no lookup table; float32 of the slot's shape."""
+    return _drawn(slot, streams, (), _kaiming)
 
 
 def glorot_uniform(layout: Layout, streams: Streams, *, embeddings: Collection[str] = ()) -> Params:
@@ -48,16 +54,23 @@ def glorot_uniform(layout: Layout, streams: Streams, *, embeddings: Collection[s
     return _draw(layout, streams, embeddings, lambda fan_in, fan_out: sqrt(6 / (fan_in + fan_out)))
 
 
+def _kaiming(fan_in: int, fan_out: int) -> float:
+    return sqrt(6 / fan_in)
+
+
 def _draw(layout: Layout, streams: Streams, embeddings: Collection[str], bound: Callable[[int, int], float]) -> Params:
     params = Params.zeros(layout)
     for slot in layout.slots:
-        if slot.kind is Kind.WEIGHT:
-            b = EMBEDDING_BOUND if slot.name in embeddings else bound(*_fans(slot))
-            u = streams(f"init/{slot.name}").uniform(slot.numel)
-            params[slot.name].copy_(torch.from_numpy(b * (2 * u - 1)).view(slot.shape))
-        elif _starts_at_one(slot):
-            params[slot.name].fill_(1)
+        params[slot.name].copy_(_drawn(slot, streams, embeddings, bound))
     return params
+
+
+def _drawn(slot: Slot, streams: Streams, embeddings: Collection[str], bound: Callable[[int, int], float]) -> Tensor:
+    if slot.kind is not Kind.WEIGHT:
+        return torch.full(slot.shape, float(_starts_at_one(slot)))
+    b = EMBEDDING_BOUND if slot.name in embeddings else bound(*_fans(slot))
+    u = streams(f"init/{slot.name}").uniform(slot.numel)
+    return torch.from_numpy(b * (2 * u - 1)).float().view(slot.shape)
 
 
 def _fans(slot: Slot) -> tuple[int, int]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fedsieve.init.schemes import kaiming_uniform
+from fedsieve.init.schemes import kaiming_slot
 from fedsieve.params import Masks, Params
 from fedsieve.sparsity.scores import magnitude
-from fedsieve.sparsity.select import select_by_slot
+from fedsieve.sparsity.select import select_by_slot, top
 from fedsieve.streams import Streams
 from fedsieve.wire.message import Message, Reason, Section, WireError
 from fedsieve.wire.sections import integers, mask, seed, values
@@ -28,15 +29,22 @@ class Pool:
     """weights that are given; none: they are drawn"""
 
     def candidate(self, index: int) -> tuple[Params, Masks]:
-        """Make one: the same at both ends."""
+        """Make one: the same at both ends. Weights are drawn and chosen tensor by tensor, so no more than one's are held."""
         layout, streams = self.given.layout, Streams(self.seed, round=index)
-        params, within = self.given, self.among
-        if not within.count:
-            params, within = Params(layout, self.given.flat.clone()), Masks.full(layout)
-            params.maskable.copy_(kaiming_uniform(layout, streams).maskable)
-        keep = dict(zip((slot.name for slot in layout.masked_slots), self.counts[index].tolist(), strict=True))
-        masks = select_by_slot(magnitude(params), keep, within=within, ties=streams("ties"))
-        return params.under(masks), masks
+        keep, ties = (
+            dict(zip((slot.name for slot in layout.masked_slots), self.counts[index].tolist(), strict=True)),
+            streams("ties"),
+        )
+        if self.among.count:
+            masks = select_by_slot(magnitude(self.given), keep, within=self.among, ties=ties)
+            return self.given.under(masks), masks
+        params, masks = Params(layout, self.given.flat.clone()), Masks(layout, torch.zeros(layout.maskable, dtype=torch.bool))
+        for name, count in keep.items():
+            weights = kaiming_slot(layout.named[name], streams).flatten()
+            at = torch.from_numpy(top(weights.abs().numpy(), count, ties))
+            params[name].view(-1)[at] = weights[at]
+            masks[name].view(-1)[at] = True
+        return params, masks
 
     def sections(self) -> dict[str, Section]:
         """Write all that makes the candidates."""

@@ -20,6 +20,7 @@ from fedsieve.report.html import figure, page, pairs, section, table, text, tile
 from fedsieve.report.plots import HUES, INK, MUTED, RULE, VARIABLES, WIDTH, Line, canvas, coloured, plot, whole_numbers
 from fedsieve.report.records import (
     DENSITY,
+    RATES,
     SEED,
     Outcome,
     Run,
@@ -453,13 +454,22 @@ class Group:
 
 def _settings_of(runs: Sequence[Run]) -> list[Group]:
     """Return the settings, those of the greatest accuracy first."""
-    families = groups([group[0] for group in groups(runs)], (SEED, DENSITY))
+    families = _families([group[0] for group in groups(runs)])
     named = dict(zip((id(family[0]) for family in families), short_names([family[0] for family in families]), strict=True))
     kin = {id(run): family[0] for family in families for run in family}
     found = [Group(named[id(kin[id(group[0])])], flat(group[0].config).get(DENSITY), group, HUES[0]) for group in groups(runs)]
     found.sort(key=lambda group: -1.0 if (accuracy := group.mean("accuracy")) is None else accuracy, reverse=True)
     hues = _hues(found)
     return [replace(group, colour=hues[group.family]) for group in found]
+
+
+def _families(runs: Sequence[Run]) -> list[list[Run]]:
+    """Put together what differs in density only, or also in the learning rates that were chosen for each density."""
+    found = []
+    for family in groups(runs, (SEED, DENSITY, *RATES)):
+        densities = {flat(run.config).get(DENSITY) for run in family}
+        found += [family] if len(densities) == len(family) else groups(family, (SEED, DENSITY))
+    return found
 
 
 def _hues(found: Sequence[Group]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from fedsieve.errors import DataError, UsageError
 
 SEED = "engine.seed"
 DENSITY = "algorithm.density"
+RATES = ("local.lr", "algorithm.lr", "algorithm.server.lr")
 _RECORDS = ("records.jsonl", "records.csv")
 _OWN = ("algorithm.variant", DENSITY)
 """settings that a name always carries, where the method has them"""
