@@ -600,7 +600,11 @@ def test_candidates_are_those_of_whole_draws_made_in_the_memory_of_one_tensor(ma
     """By count of whole vectors that are made: the parameters that are returned and no other."""
     spec = build(Model(name="mlp", hidden=(64,) * 6, maskable=maskable), (1, 8, 8), 10)
     layout, wanted = spec.layout, round(0.1 * spec.layout.maskable)
-    pool = FedTiny(density=0.1, pool=3).init(Job(spec, spec.initial("glorot", Streams(1)), 9, 6, Streams(0))).pool
+    pool = (
+        FedTiny(density=0.1, pool=3, selection="loss")
+        .init(Job(spec, spec.initial("glorot", Streams(1)), 20, 6, Streams(0)))
+        .pool
+    )
     for index in range(3):
         counts = dict(zip((slot.name for slot in layout.masked_slots), pool.counts[index].tolist(), strict=True))
         streams = Streams(pool.seed, round=index)
