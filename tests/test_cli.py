@@ -384,7 +384,8 @@ def test_compare_report_export_and_resume_of_finished_runs(call, refused):
 
 @pytest.mark.parametrize("name", names())
 def test_every_method_runs(call, name):
-    own = {"fedtiny": ["--algorithm.selection", "loss"]}  # a perceptron has no BatchNorm to choose by
+    moves = ["--algorithm.every", "1"]  # within two rounds
+    own = {"feddst": moves, "fedtiny": [*moves, "--algorithm.selection", "loss"]}  # a perceptron has no BatchNorm to choose by
     assert call("run", name, *SMALL, *own.get(name, []), "--out", "run")[0] == 0
     assert result(Path("run"))[1][-1]["round"] == 2
 

@@ -153,7 +153,7 @@ def test_votes_that_keep_a_weight(three, voters, repo, majority):
     for vote, needed in (("repo", repo), ("majority", majority)):
         algorithm = FedSparsify(variant="local", vote=vote, density=0.5)
         spec = type("Spec", (), {"layout": three})
-        state = algorithm.init(Job(spec, Params(three, torch.ones(4)), 3, voters, Streams(0)))
+        state = algorithm.init(Job(spec, Params(three, torch.ones(4)), 3, max(2, voters), Streams(0)))
         for yes in range(voters + 1):
             contents = []
             for voter in range(voters):
@@ -188,7 +188,7 @@ def test_saving_of_fedsparsify_lies_between_the_published_bounds(variant):
     spec = build(Model(name="mlp"), (1, 28, 28), 10)
     layout = spec.layout
     algorithm = FedSparsify(variant=variant, density=0.05)
-    state = algorithm.init(Job(spec, spec.initial("glorot", Streams(0)), 40, 1, Streams(0)))
+    state = algorithm.init(Job(spec, spec.initial("glorot", Streams(0)), 40, 2, Streams(0)))
     carried, mine = 0, None
     for t in range(1, 41):
         payload = pack(algorithm.broadcast(state, [0])[0])

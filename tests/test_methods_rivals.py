@@ -336,7 +336,7 @@ def test_oneshot_leaves_no_tensor_without_weights(small):
         assert masks[first].flatten().nonzero().flatten().tolist() == sorted(
             start[first].abs().flatten().topk(floor).indices.tolist()
         )
-    with pytest.raises(UsageError, match=r"algorithm\.density = 0\.05 keeps 59 .* algorithm\.floor = 30 asks for 60"):
+    with pytest.raises(UsageError, match=r"algorithm\.density = 0\.05 keeps 59 .* 60 are needed, with 30 at least"):
         OneShot(density=0.05, floor=30).init(Job(small, start, 3, 1, Streams(3)))
 
 

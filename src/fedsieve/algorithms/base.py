@@ -148,17 +148,69 @@ def weight(reply: Message, weighting: Literal["examples", "uniform"]) -> float:
     return float(examples) if weighting == "examples" else 1.0
 
 
-def check_floor(layout: Layout, keep: int, density: float, floor: int) -> None:
-    """Check that `keep` weights, what `density` comes to, are as many as `floor` of each tensor, and one at least.
+def check_density(layout: Layout, density: float | None, floor: int | None = None, keep: int | None = None) -> None:
+    """Check that there are weights to mask, and that a density keeps enough of them.
+
+    Args:
+        layout: of the model.
+        density: algorithm.density; None: the method has none.
+        floor: algorithm.floor, weights that each tensor keeps at least; None: the method has none, and each needs one.
+        keep: weights that are kept, if not all that the density comes to.
 
     Raises:
-        UsageError: they are fewer.
+        UsageError: there are none, or too few.
     """
-    least = max(1, sum(min(floor, slot.numel) for slot in layout.masked_slots))
+    if not layout.maskable:
+        raise UsageError("the model has no maskable weight: see model.maskable and model.dense.")
+    if density is None:
+        return
+    each, keep = 1 if floor is None else floor, round(density * layout.maskable) if keep is None else keep
+    least = max(1, sum(min(each, slot.numel) for slot in layout.masked_slots))
     if keep < least:
         raise UsageError(
-            f"algorithm.density = {density} keeps {keep} of {layout.maskable} weights, algorithm.floor = {floor} asks for"
-            f" {least}: raise the one or lower the other."
+            f"algorithm.density = {density} keeps {keep} of {layout.maskable} weights; {least} are needed, with {each} at least"
+            f" in each of {len(layout.masked_slots)} tensors.\nSet algorithm.density to {least / layout.maskable:.4g} or more"
+            f"{'' if floor is None else ', or lower algorithm.floor'}; model.dense leaves tensors out."
+        )
+
+
+def check_voters(job: Job, least: int, vote: str, instead: str) -> None:
+    """Check that a round has as many clients as a vote needs.
+
+    Args:
+        job: of the run.
+        least: clients of a round.
+        vote: the settings that ask for it, and what it is.
+        instead: settings that need fewer.
+
+    Raises:
+        UsageError: it has fewer.
+    """
+    if job.cohort < least:
+        raise UsageError(
+            f"{vote} needs {least} clients of a round or more; there are {job.cohort} (engine.cohort = {job.drawn},"
+            f" data.clients = {job.clients}).\nSet engine.cohort (0: all) and data.clients to {least} or more, or {instead}."
+        )
+
+
+def check_moves(job: Job, every: int, last: int, still: str) -> None:
+    """Check that masks that are to move every so many rounds do so in the run.
+
+    Args:
+        job: of the run.
+        every: algorithm.every.
+        last: the last round in which they may move.
+        still: the setting with which they are meant to stand.
+
+    Raises:
+        UsageError: they would never move.
+    """
+    if every > last:
+        sooner = f"algorithm.every to at most {last}, or " if last > 0 else ""
+        raise UsageError(
+            f"algorithm.every = {every}: masks would never move, for round {last} is the last in which they may"
+            f" (engine.rounds = {job.rounds}, algorithm.stop).\nSet {sooner}engine.rounds and algorithm.stop larger; or"
+            f" {still}: masks stand."
         )
 
 

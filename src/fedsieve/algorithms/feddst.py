@@ -22,8 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedsieve.aggregate.mean import HeldMean
-from fedsieve.algorithms.base import Job, weight
-from fedsieve.errors import UsageError
+from fedsieve.algorithms.base import Job, check_density, check_moves, weight
 from fedsieve.local.executor import Client
 from fedsieve.local.memory import training_memory
 from fedsieve.params import Masks, Params
@@ -71,12 +70,10 @@ class FedDST:
 
     def init(self, job: Job) -> State:
         """Draw the first mask."""
-        layout, keep, tensors = job.layout, round(self.density * job.layout.maskable), len(job.layout.masked_slots)
-        if keep < max(1, tensors):
-            raise UsageError(
-                f"algorithm.density = {self.density} keeps {keep} of {layout.maskable} weights in {tensors} tensors, which"
-                " need one each: use a larger density (see also model.maskable and model.dense)."
-            )
+        layout, keep = job.layout, round(self.density * job.layout.maskable)
+        check_density(layout, self.density)
+        if self.alpha:
+            check_moves(job, self.every, min(self.stop or job.rounds, job.rounds) - 1, "algorithm.alpha = 0")
         rule: Rule = self.layers
         draws, ties = job.streams("mask"), job.streams("mask/ties")
         counts = allocate(layout, keep, rule, floor=1)

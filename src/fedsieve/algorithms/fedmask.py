@@ -26,7 +26,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedsieve.algorithms.base import Job, measured, weight
+from fedsieve.algorithms.base import Job, check_density, check_voters, measured, weight
 from fedsieve.local.executor import Client
 from fedsieve.models.frozen import Magnitudes, bounds, check, frozen, scores
 from fedsieve.params import Layout, Masks, Params
@@ -99,6 +99,11 @@ class FedMask:
     def init(self, job: Job) -> State:
         """Draw the network and the first mask."""
         check(job.spec)
+        check_density(job.layout, self.density)
+        if self.merge == "overlap":
+            check_voters(job, self.overlap, f"algorithm.overlap = {self.overlap}", "algorithm.overlap to fewer")
+        else:
+            check_voters(job, 2, "algorithm.merge = all, a vote on each weight,", "algorithm.merge to overlap")
         word, layout = job.streams("fedmask").word(), job.layout
         masks, _ = self._kept(layout, self._first(layout, word), Streams(word)("ties"))
         params, nothing = frozen(job.spec, word, self.magnitudes), torch.zeros(layout.maskable, dtype=torch.bool)

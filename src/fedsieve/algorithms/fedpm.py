@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedsieve.algorithms.base import Job, weight
+from fedsieve.algorithms.base import Job, check_density, check_voters, weight
 from fedsieve.local.executor import Client
 from fedsieve.models.frozen import Magnitudes, check, frozen
 from fedsieve.params import Layout, Masks, Params
@@ -93,6 +93,10 @@ class FedPM:
     def init(self, job: Job) -> State:
         """Draw the network."""
         check(job.spec)
+        check_density(job.layout, self.density)
+        if self.estimate == "mode" and self.reset == 1:
+            vote = "algorithm.estimate = mode, by which one vote makes every probability 0 or 1,"
+            check_voters(job, 2, vote, "algorithm.estimate = mean, or algorithm.reset = 2 to count votes of more rounds")
         word, layout = job.streams("fedpm").word(), job.layout
         none = torch.zeros(layout.maskable, dtype=torch.float64)
         params, first = frozen(job.spec, word, self.magnitudes, self.gain), self._first(layout, word)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.aggregate.mean import Votes, WeightedMean
-from fedsieve.algorithms.base import Job, weight
+from fedsieve.algorithms.base import Job, check_density, check_voters, weight
 from fedsieve.errors import DataError, UsageError
 from fedsieve.local.executor import Client
 from fedsieve.params import Masks, Params
@@ -106,8 +106,16 @@ class FedSparsify:
             raise UsageError(
                 f"algorithm.first = {self.first} leaves no round to purge in: engine.rounds = {job.rounds} must be larger."
             )
-        if not job.layout.maskable:
-            raise UsageError("the model has no maskable weight: see model.maskable and model.dense.")
+        check_density(job.layout, self.density)
+        if job.rounds % self.every:
+            last = job.rounds // self.every * self.every
+            said = f"purges after round {last} last, short of algorithm.density" if last else "would purge after no round"
+            raise UsageError(
+                f"algorithm.every = {self.every} {said}, if engine.rounds = {job.rounds}.\n"
+                f"Set engine.rounds to a multiple of algorithm.every, such as {last + self.every}."
+            )
+        if self.variant == "local":
+            check_voters(job, 2, "algorithm.variant = local keeps weights by a vote, which", "algorithm.variant = global")
         removed = torch.zeros(job.layout.maskable, dtype=torch.int32)
         held = torch.zeros(job.clients, dtype=torch.int32)
         return State(job.start, removed, held, round=0, rounds=job.rounds, streams=job.streams)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.aggregate.mean import StatisticsMean, WeightedMean
-from fedsieve.algorithms.base import Job, weight
+from fedsieve.algorithms.base import Job, check_density, check_moves, weight
 from fedsieve.errors import UsageError
 from fedsieve.local.executor import Client
 from fedsieve.local.memory import training_memory
@@ -89,7 +89,8 @@ class FedTiny:
     noise: Share = 0.5
     """relative spread of a candidate's layer densities, in [0, 1): factors in [1 - noise, 1 + noise]; the first one has none"""
     variance: Literal["mean", "pooled"] = "mean"
-    """BatchNorm's variance over clients: mean of theirs (as published), or with the spread of their means (pooled)"""
+    """BatchNorm's variance over clients: mean of theirs (as published), or with the spread of their means (pooled);
+    selection = statistics"""
     every: Count = 10
     """rounds between two moves of the mask, >= 1"""
     stop: CountOrZero = 0
@@ -116,12 +117,9 @@ class FedTiny:
 
     def init(self, job: Job) -> State:
         """Draw the pool."""
-        keep, tensors = round(self.density * job.layout.maskable), len(job.layout.masked_slots)
-        if keep < max(1, tensors):
-            raise UsageError(
-                f"algorithm.density = {self.density} keeps {keep} of {job.layout.maskable} weights in {tensors} tensors, which"
-                " need one each: use a larger density (see also model.maskable and model.dense)."
-            )
+        check_density(job.layout, self.density)
+        if self.alpha:
+            check_moves(job, self.every, min(self.stop or job.rounds, job.rounds) - 1, "algorithm.alpha = 0")
         if self.needs_statistics and not job.spec.has_statistics:
             takers = ", ".join(entry.name for entry in CATALOGUE if "norm" in entry.options)
             raise UsageError(
@@ -130,7 +128,7 @@ class FedTiny:
                 f"Set algorithm.selection = loss, which takes any model; or model.norm = batch with model.name one of {takers};"
                 " or algorithm.pool = 1, which compares nothing."
             )
-        params, masks = (pool := self._pool(job, keep)).candidate(0)
+        params, masks = (pool := self._pool(job, round(self.density * job.layout.maskable))).candidate(0)
         versions, choice = Versions.start(masks, job.clients), pool if len(pool.counts) > 1 else None
         return State(params, versions, choice, None, 0, job.rounds, job.streams, job.local.momentum > 0)
 

@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsieve.aggregate.mean import SignVotes
-from fedsieve.algorithms.base import Job, measured, weight
+from fedsieve.algorithms.base import Job, check_density, check_voters, measured, weight
 from fedsieve.errors import DataError
 from fedsieve.local.executor import Client
 from fedsieve.models.drawn import MASK, NOTHING, Drawn, Held, lacking, read_lack
@@ -127,6 +127,9 @@ class HideNSeek:
     def init(self, job: Job) -> State:
         """Draw the network and prune it."""
         check(job.spec)
+        check_density(job.layout, self.density, self.floor)
+        if self.merge == "vote":
+            check_voters(job, 2, "algorithm.merge = vote", "algorithm.merge = mean")
         word = job.streams("hidenseek").word()
         masks, weights = self._pruned(job.spec, word), self._weights(job.spec, word)
         drawn, at = scores(job.layout, word, bounds(job.layout), positive=self.start == "keep"), self._parts(masks).signed.kept

@@ -32,8 +32,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsieve.aggregate.mean import HeldMean
-from fedsieve.algorithms.base import Job, measured, weight
-from fedsieve.errors import DataError, UsageError
+from fedsieve.algorithms.base import Job, check_density, measured, weight
+from fedsieve.errors import DataError
 from fedsieve.local.executor import Client
 from fedsieve.params import Masks, Params
 from fedsieve.settings import Density, Threshold, settings
@@ -90,8 +90,7 @@ class LotteryFL:
 
     def init(self, job: Job) -> State:
         """Start dense."""
-        if not job.layout.maskable:
-            raise UsageError("the model has no maskable weight: see model.maskable and model.dense.")
+        check_density(job.layout, self.density)
         return State(job.start, job.start, {}, torch.zeros(job.clients, dtype=torch.int32), 0)
 
     def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedsieve.aggregate.mean import WeightedMean
-from fedsieve.algorithms.base import Job, check_floor, weight
+from fedsieve.algorithms.base import Job, check_density, weight
 from fedsieve.errors import UsageError
 from fedsieve.local.executor import Client
 from fedsieve.params import Masks, Params
@@ -70,8 +70,6 @@ class OneShot:
 
     def init(self, job: Job) -> State:
         """Start dense."""
-        if not job.layout.maskable:
-            raise UsageError("the model has no maskable weight: see model.maskable and model.dense.")
         if self.at > job.rounds:
             raise UsageError(f"algorithm.at = {self.at} is after the last round: engine.rounds = {job.rounds}.")
         if self.schedule == "cubic" and (job.rounds < 2 or self.at):
@@ -79,7 +77,7 @@ class OneShot:
                 f"algorithm.schedule = cubic prunes from round 2 on: engine.rounds = {job.rounds} must be 2 or more, and "
                 f"algorithm.at = {self.at} must be 0."
             )
-        check_floor(job.layout, round(self.density * job.layout.maskable), self.density, self.floor)
+        check_density(job.layout, self.density, self.floor)
         versions = Versions.start(Masks.full(job.layout), job.clients)
         return State(job.start, versions, round=0, rounds=job.rounds, streams=job.streams)
 

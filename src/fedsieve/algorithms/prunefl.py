@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.aggregate.mean import WeightedMean
-from fedsieve.algorithms.base import Job, weight
-from fedsieve.errors import UsageError
+from fedsieve.algorithms.base import Job, check_density, check_moves, weight
 from fedsieve.local.executor import Client
 from fedsieve.local.memory import training_memory
 from fedsieve.models.spec import ModelSpec
@@ -76,8 +75,8 @@ class PruneFL:
     (paper)"""
     initial: Count = 5
     """passes over the first client's examples before round 1, each followed by a pruning, >= 1"""
-    every: Count = 50
-    """rounds between two reconfigurations, >= 1"""
+    every: CountOrZero = 0
+    """rounds between two reconfigurations, >= 0 (0: 50 as published, or half of the rounds where these are fewer than 100)"""
     stop: CountOrZero = 0
     """last round in which masks are reconfigured, >= 0 (0: the last but one; there is none in the last)"""
     free: Share = 0.3
@@ -99,12 +98,10 @@ class PruneFL:
 
     def init(self, job: Job) -> State:
         """Start dense: the first client prunes."""
-        keep, tensors = round(self.density * job.layout.maskable), len(job.layout.masked_slots)
-        if keep < max(1, tensors):
-            raise UsageError(
-                f"algorithm.density = {self.density} keeps {keep} of {job.layout.maskable} weights in {tensors} tensors, which"
-                " need one each: use a larger density (see also model.maskable and model.dense)."
-            )
+        check_density(job.layout, self.density)
+        if self.free or self.budget == "paper":
+            last = min(self.stop or job.rounds, job.rounds - 1)
+            check_moves(job, self._every(job.rounds), last, "algorithm.free = 0 with budget = target or cap")
         versions = Versions.start(Masks.full(job.layout), job.clients)
         times, momentum = _times(job.spec), job.local.momentum > 0
         return State(job.start, versions, 0, times, 0, job.rounds, job.streams, momentum)
@@ -212,10 +209,13 @@ class PruneFL:
         """Weights that may be kept; with a share below 1, part of the way down from all."""
         return maskable if self.budget == "paper" else round(self.density**share * maskable)
 
+    def _every(self, rounds: int) -> int:
+        return self.every or max(1, min(50, rounds // 2))
+
     def _moves(self, state: State) -> bool:
         """Whether the coming round reconfigures."""
         t = state.round + 1
-        return state.pruned > 0 and t % self.every == 0 and t < state.rounds and t <= (self.stop or state.rounds)
+        return state.pruned > 0 and t % self._every(state.rounds) == 0 and t < state.rounds and t <= (self.stop or state.rounds)
 
 
 def paying(importance: Tensor, times: Tensor, protected: Masks, constant: float) -> int:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.aggregate.mean import WeightedMean
-from fedsieve.algorithms.base import Job, check_floor, weight
+from fedsieve.algorithms.base import Job, check_density, weight
 from fedsieve.errors import UsageError
 from fedsieve.local.executor import Client
 from fedsieve.models.flow import Flow
@@ -74,7 +74,7 @@ class Snip:
     density: Density = 0.05
     """density of the maskable weights from the start, in (0, 1]"""
     batches: CountOrZero = 1
-    """batches that a client scores on, >= 0 (0: all its examples)"""
+    """batches that a client scores on, >= 0 (0: all its examples); one that holds fewer scores on all it has"""
     clients: Count = 1
     """clients of the first cohort that are asked for a mask, >= 1"""
     iterations: CountOrZero = 0
@@ -171,18 +171,19 @@ class Snip:
 
     def _check(self, job: Job) -> None:
         layout = job.layout
-        if not layout.maskable:
-            raise UsageError("the model has no maskable weight: see model.maskable and model.dense.")
+        check_density(layout, None)
         if self.clients > job.cohort:
-            raise UsageError(f"algorithm.clients = {self.clients}, but a round has {job.cohort} clients: see engine.cohort.")
+            raise UsageError(
+                f"algorithm.clients = {self.clients}: at most the {job.cohort} clients of a round can be asked (engine.cohort)."
+            )
         if self.allocation == "global" and self.paper:
             raise UsageError("algorithm.paper = true is about rules of allocation: set algorithm.allocation, such as erk.")
         if self.allocation != "global" and self.iterations > 1:
             raise UsageError(
                 f"algorithm.iterations = {self.iterations} needs algorithm.allocation = global; {self.allocation} is one step."
             )
-        keep = self._count(layout) if self.paper else round(self.density * layout.maskable)
-        check_floor(layout, keep, self.density, 0 if self.paper else self.floor)
+        floor, keep = (0, self._count(layout)) if self.paper else (self.floor, None)
+        check_density(layout, self.density, floor, keep)
         if self.score == "synflow" and not job.spec.example.is_floating_point():
             raise UsageError("algorithm.score = synflow needs a network that reads numbers, not tokens: snip works for both.")
 

@@ -29,8 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsieve.aggregate.mean import Votes, WeightedMean
-from fedsieve.algorithms.base import Job, weight
-from fedsieve.errors import UsageError
+from fedsieve.algorithms.base import Job, check_density, weight
 from fedsieve.local.executor import Client
 from fedsieve.params import Layout, Masks, Params
 from fedsieve.reparam.power import Power
@@ -81,8 +80,7 @@ class SparsyFed:
 
     def init(self, job: Job) -> State:
         """Start dense."""
-        if not job.layout.maskable:
-            raise UsageError("the model has no maskable weight: see model.maskable and model.dense.")
+        check_density(job.layout, self.density)
         return State(job.start, Versions.start(Masks.full(job.layout), job.clients), 0, job.streams)
 
     def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:

@@ -25,8 +25,7 @@ from typing import Literal
 import torch
 
 from fedsieve.aggregate.mean import WeightedMean
-from fedsieve.algorithms.base import Job, check_floor, weight
-from fedsieve.errors import UsageError
+from fedsieve.algorithms.base import Job, check_density, weight
 from fedsieve.local.executor import Client
 from fedsieve.params import Masks, Params
 from fedsieve.settings import CountOrZero, Density, settings
@@ -72,9 +71,7 @@ class Ssfl:
     def init(self, job: Job) -> State:
         """Start dense."""
         layout = job.layout
-        if not layout.maskable:
-            raise UsageError("the model has no maskable weight: see model.maskable and model.dense.")
-        check_floor(layout, round(self.density * layout.maskable), self.density, self.floor)
+        check_density(layout, self.density, self.floor)
         return State(job.start, None, 0, job.clients, job.streams)
 
     def broadcast(self, state: State, cohort: Sequence[int]) -> Mapping[int, Message]:

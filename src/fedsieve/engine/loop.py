@@ -138,7 +138,12 @@ def job_of(spec: ModelSpec, data: Federation, local: Local, engine: Engine, star
     if engine.group > 1 and (why := obstacle(spec, local, data.train)):
         raise UsageError(f"engine.group = {engine.group} does not go with model {spec.name!r}. {why}\nSet engine.group = 1.")
     sizes = Parts.of(data.parts).sizes
-    single = np.flatnonzero((sizes > 0) & (sizes % local.batch == 1 % local.batch))
+    if not sizes.all():
+        raise UsageError(
+            f"client {sizes.argmin()} holds no training example; each client needs one or more (data.min_examples).\nLeave it"
+            " out of the federation, or share the examples out otherwise."
+        )
+    single = np.flatnonzero(sizes % local.batch == 1 % local.batch)
     if len(single) and not spec.trains_on_one():
         raise UsageError(
             f"local.batch = {local.batch} leaves client {single[0]}, which has {sizes[single[0]]} training examples, a step on"
