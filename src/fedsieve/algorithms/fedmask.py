@@ -40,6 +40,8 @@ from fedsieve.wire.sections import Section, mask, number, seed
 
 NEVER = -1e-6
 """score of what is not kept though its score is that of one that is"""
+RATES = {"adam": 0.01, "sgd": 1.0}
+"""learning rates unless another is set"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,8 @@ class FedMask:
     """bound of the first scores over Xavier's, > 0"""
     optimizer: Literal["adam", "sgd"] = "adam"
     """by what clients learn scores, from zero moments in each round: Adam, or SGD, whose steps are the smaller the sparser"""
-    lr: Positive = 0.01
-    """learning rate of the scores in all rounds, > 0; with sgd about 1, since gradients are as small as the weights"""
+    lr: Positive | None = None
+    """learning rate of the scores in all rounds, > 0; None: 0.01 for adam, 1 for sgd, whose gradients are small"""
     weighting: Literal["examples", "uniform"] = "examples"
     """weight of a client's mask: its number of training examples, or the same for all"""
 
@@ -130,7 +132,7 @@ class FedMask:
             Params(layout, torch.cat([start, weights.dense])),
             reparam=ThresholdMask(weights.maskable, penalty=self._penalty(layout)),
             moves=torch.arange(layout.trainable) < layout.maskable,
-            lr=self.lr,
+            lr=self.lr or RATES[self.optimizer],
             adam=self.optimizer == "adam",
         )
         learned, found = self._kept(layout, trained.params.maskable, client.stream("ties"))

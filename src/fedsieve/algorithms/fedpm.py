@@ -40,6 +40,8 @@ from fedsieve.wire.shares import read_shares, shares
 
 BOUND = 0.01
 """least and, from 1, largest probability whose score is taken; with a density at most a hundredth of it"""
+RATES = {"adam": 0.1, "sgd": 100.0}
+"""learning rates unless another is set"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ class FedPM:
     """first probabilities: `density` (1/2 without one), 1/2, or drawn from [0, 1)"""
     optimizer: Literal["adam", "sgd"] = "adam"
     """by what clients learn scores, from zero moments in each round: Adam, or SGD, for which gradients are very small"""
-    lr: Positive = 0.1
-    """learning rate of the scores in all rounds, > 0; with sgd some hundreds"""
+    lr: Positive | None = None
+    """learning rate of the scores in all rounds, > 0; None: 0.1 for adam, 100 for sgd"""
     penalty: NonNegative = 0.0
     """times the sum of the probabilities is added to the loss, >= 0"""
     bits: Annotated[int, Field(ge=0, le=16)] = 0
@@ -125,7 +127,7 @@ class FedPM:
             Params(layout, torch.cat([_scores(before, self.density), weights.dense])),
             reparam=BernoulliMask(weights.maskable, self.penalty),
             moves=torch.arange(layout.trainable) < layout.maskable,
-            lr=self.lr,
+            lr=self.lr or RATES[self.optimizer],
             adam=self.optimizer == "adam",
         )
         drawn = _drawn(layout, trained.params.maskable.sigmoid(), client.stream("mask"))

@@ -49,6 +49,8 @@ from fedsieve.wire.shares import read_shares, shares
 
 Vote = tuple[Tensor | None, Tensor, float, int]
 """one reply: a client's signs, its ordinary numbers, its weight; or no signs, and what it lacks"""
+RATES = {"sgd": 1.0, "adam": 0.003}
+"""learning rates unless another is set"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,9 @@ class HideNSeek:
     """their size once signs were merged: drawn up to the bound anew each round, or the bound itself"""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """by what clients learn them: SGD as the section local says, or Adam, from zero moments in each round"""
-    lr: Positive = 1.0
-    """learning rate of the real numbers behind the signs in all rounds, > 0: gradients are as small as the weights"""
+    lr: Positive | None = None
+    """their learning rate in all rounds, > 0; None: 1 for sgd, whose gradients are small, 0.003 for adam; less
+    for networks of convolutions and for low densities"""
     estimator: Estimator = "clipped"
     """derivative in place of the sign's: 1, but 0 beyond `clip` (clipped); 1 (identity); that of tanh (tanh)"""
     clip: NonNegative = 1.0
@@ -242,9 +245,10 @@ class HideNSeek:
         parts = self._parts(held.masks)
         scale = evened(weights, held.masks) if self.gradient == "layer" else None
         plain = parts.ordinary[: client.layout.maskable] if self.exclude_head else None
-        moves = torch.where(parts.ordinary, client.lr / self.lr, parts.learned.float())
+        lr = self.lr or RATES[self.optimizer]
+        moves = torch.where(parts.ordinary, client.lr / lr, parts.learned.float())
         reparam = SignMask(weights.maskable, self.estimator, self.clip, scale, plain)
-        return {"reparam": reparam, "moves": moves, "lr": self.lr, "adam": self.optimizer == "adam"}
+        return {"reparam": reparam, "moves": moves, "lr": lr, "adam": self.optimizer == "adam"}
 
     def _weights(self, spec: ModelSpec, word: int) -> Params:
         return frozen(spec, word, self.magnitudes)

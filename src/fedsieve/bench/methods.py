@@ -4,7 +4,7 @@ Rates are chosen on training examples that are held out (`data.validation`), wit
 accuracy over clients: two of a ladder are tried, and as long as the best is an outermost one the next beyond it. All trials are
 in tuning.csv. A trial or a run that is in the folder already is not repeated, so a study can be
 stopped and started again. Kept are each run's config.toml, summary.json and records.csv; table.md and a page for each scenario
-are made of all of them.
+are made of all of them. In a trial a client that diverges is the end, in a run it is lost in that round and counted.
 """
 
 from __future__ import annotations
@@ -94,13 +94,14 @@ class Scenario:
             eval_clients=36,
             eval_tune=1,
             checkpoint_every=20,
+            nonfinite="drop",
         )
         return replace(from_name(method.algorithm, values), data=self.data, model=self.model, engine=engine)
 
     def trial(self, method: Method, density: float | None, rate: float) -> Config:
         """Return the config of one run that learning rates are chosen by."""
         config = self.config(method, density, TUNING_SEED, rate)
-        engine = replace(config.engine, eval_every=self.rounds, eval_tune=0)
+        engine = replace(config.engine, eval_every=self.rounds, eval_tune=0, nonfinite="stop")
         return replace(config, data=replace(config.data, validation=VALIDATION), engine=engine)
 
 
