@@ -629,17 +629,18 @@ def _report(folder: Path) -> Path:
 def _compare(folders: list[Path] | tuple[Path, ...], out: Path) -> None:
     from rich.console import Console
 
-    from fedsieve.report.page import MOST_LINES, write_comparison
+    from fedsieve.report.page import MOST_LINES, said_of_front, write_comparison
     from fedsieve.report.records import differences, find, groups, read, show
     from fedsieve.report.table import summary_table
 
     runs = [read(folder) for folder in find(folders)]
     if len(runs) > MOST_LINES:
-        print(f"{len(runs)} runs of {len(groups(runs))} settings")
+        print(f"{len(runs)} runs of {len(groups(runs))} settings. On the Pareto front of accuracy against megabytes:")
+        print("\n".join(f"  {name}: {came}" for name, came in said_of_front(runs)) or "  none: no run was evaluated")
     else:
         differing = {key: " | ".join(map(show, values)) for key, values in differences(runs).items()}
         print("; ".join(f"{key}: {values}" for key, values in differing.items()) or "the settings are equal")
-    Console().print(summary_table(runs, each=len(runs) <= MOST_LINES))
+        Console().print(summary_table(runs))
     print(f"page: {write_comparison([run.folder for run in runs], out)}")
 
 

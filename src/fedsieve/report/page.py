@@ -101,7 +101,7 @@ def _report(run: Run) -> str:
 def _comparison(runs: Sequence[Run]) -> str:
     found = _settings_of(runs)
     lines = _drawn(found)
-    only = f" Only the {len(lines)} settings on the Pareto front." if len(lines) < len(found) else ""
+    only = f" Only {len(lines)} of the {len(found)} settings: those on the Pareto front." if len(lines) < len(found) else ""
     of = f" of {len(found)} settings" if len(runs) > len(found) > 1 else ""
     differing = differences(runs)
     shared = [f"{word} {show(flat(runs[0].config)[key])}" for word, key in (("data", "data.name"), ("model", "model.name"))
@@ -459,7 +459,8 @@ def _settings_of(runs: Sequence[Run]) -> list[Group]:
     kin = {id(run): family[0] for family in families for run in family}
     found = [Group(named[id(kin[id(group[0])])], flat(group[0].config).get(DENSITY), group, HUES[0]) for group in groups(runs)]
     found.sort(key=lambda group: -1.0 if (accuracy := group.mean("accuracy")) is None else accuracy, reverse=True)
-    hues = _hues(found)
+    best = {group.family for group, _ in _best(found)}
+    hues = _hues([*(group for group in found if group.family in best), *(group for group in found if group.family not in best)])
     return [replace(group, colour=hues[group.family]) for group in found]
 
 
@@ -473,7 +474,7 @@ def _families(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _hues(found: Sequence[Group]) -> dict[str, str]:
-    """Give the families colours: each one of those used least, and of these the one whose users are farthest off."""
+    """Give the families colours: each one of those used little so far, and of these the one whose users are least near."""
     places: dict[str, list[tuple[float, float]]] = {}
     for group in found:
         carried = (group.mean("bytes_up") or 0.0) + (group.mean("bytes_down") or 0.0)
@@ -481,13 +482,13 @@ def _hues(found: Sequence[Group]) -> dict[str, str]:
     hues: dict[str, str] = {}
     for family, own in places.items():
         users = {hue: [other for other, taken in hues.items() if taken == hue] for hue in HUES}
-        least = min(map(len, users.values()))
-        away = {
-            hue: min((math.dist(a, b) for other in users[hue] for a in own for b in places[other]), default=math.inf)
+        most = min(map(len, users.values())) + (len(hues) >= len(HUES))
+        near = {
+            hue: sum(math.exp(-3 * math.dist(a, b)) for other in users[hue] for a in own for b in places[other])
             for hue in HUES
-            if len(users[hue]) == least
+            if len(users[hue]) <= most
         }
-        hues[family] = max(away, key=lambda hue: away[hue])
+        hues[family] = min(near, key=lambda hue: near[hue])
     return hues
 
 
@@ -507,13 +508,26 @@ def _marked(found: Sequence[Group]) -> list[tuple[Group, Setting]]:
     return marked
 
 
+def _best(found: Sequence[Group]) -> list[tuple[Group, Setting]]:
+    """Return the settings on the Pareto front, from the fewest megabytes to the most."""
+    marked = _marked(found)
+    return [marked[i] for i in front([mark for _, mark in marked])]
+
+
+def said_of_front(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return the settings on the Pareto front, from the fewest megabytes to the most, each with what it came to in words."""
+    return [
+        (group.name, f"{digits(mark.accuracy, 'percent')} % for {digits(mark.megabytes)} MB")
+        for group, mark in _best(_settings_of(runs))
+    ]
+
+
 def _drawn(found: Sequence[Group]) -> list[Group]:
     """Return the settings that have curves, with their letters and dashes."""
     drawn = list(found)
     if len(found) > MOST_LINES:
-        marked = _marked(found)
-        best = {id(marked[i][0]) for i in front([mark for _, mark in marked])}
-        drawn = [group for group in found if not marked or id(group) in best][:MOST_LINES]
+        best = {id(group) for group, _ in _best(found)}
+        drawn = [group for group in found if not best or id(group) in best][:MOST_LINES]
     used: dict[str, int] = {}
     lines = []
     for i, group in enumerate(drawn):
@@ -537,11 +551,8 @@ def _tradeoff_html(found: Sequence[Group]) -> str:
         caption += f" Without an accuracy, and not drawn: {absent} of {len(found)}."
     if stopped := sum(outcome(run).status != "done" for group, _ in marked for run in group.runs):
         caption += f" {stopped} of the runs did not end as done and count up to where they stopped."
-    best = [marked[i] for i in front(marks)]
-    each = "".join(
-        f"<li><b>{text(group.name)}</b>: {digits(mark.accuracy, 'percent')} % for {digits(mark.megabytes)} MB</li>"
-        for group, mark in best
-    )
+    runs = [run for group in found for run in group.runs]
+    each = "".join(f"<li><b>{text(name)}</b>: {came}</li>" for name, came in said_of_front(runs))
     said = f"<p>The Pareto front: no other setting has as much accuracy for as few megabytes.</p><ol>{each}</ol>"
     drawing = figure(title, caption, draw(marks, log=log), _density_key(marks), wide=True)
     return f'<section class="tradeoff">{drawing}<div class="front">{said}</div></section>'
@@ -581,7 +592,8 @@ def _results_html(found: Sequence[Group]) -> str:
     runs = [run for group in found for run in group.runs]
     letters = {id(line.runs): line for line in _drawn(found)}
     cells = rows(runs, each=False)
-    columns = [column for column in cells[0] if column not in ("method", "folder")]
+    alike = ["rounds"] * (len({row["rounds"] for row in cells}) == 1)
+    columns = [column for column in cells[0] if column not in ("method", "folder", *alike)]
     asked = any(group.density is not None for group in found)
     several = len(runs) > len(found)
     head = ["method", *["density asked"] * asked, *["seeds"] * several, *columns]
@@ -604,7 +616,10 @@ def _results_html(found: Sequence[Group]) -> str:
     warning = (
         f"<p>{unfinished} of the {len(runs)} runs did not end as done: see the status of each run.</p>" if unfinished else ""
     )
-    note = "<p>Means over the seeds ± their sample standard deviation.</p>" if several else ""
+    said = ["Means over the seeds ± their sample standard deviation."] * several + [f"{cells[0]['rounds']} rounds each."] * len(
+        alike
+    )
+    note = f"<p>{' '.join(said)}</p>" if said else ""
     return (
         f"{table([text(c) for c in head], body)}{note}{warning}"
         f"<details><summary>Each run</summary>{table(titles, each, words=(0, 1, len(titles) - 1))}</details>"

@@ -138,7 +138,7 @@ def plot(
         elif not logy:
             axes.set_ylim(0, max(1.05 * axes.dataLim.y1, 1e-9))
         if all(line.mark for line in lines) and (len(lines) > 1 or lines[0].mark != "test"):
-            _mark_ends(axes, lines)
+            _mark_ends(axes, lines, 72 / drawing.figure.dpi)
     return drawing.svg
 
 
@@ -173,23 +173,38 @@ def _thinned(count: int) -> list[int]:
     return [i * (count - 1) // (MOST_POINTS - 1) for i in range(MOST_POINTS)]
 
 
-def _mark_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Write each line's mark behind its last point, moved up or down as far as the marks need to stand apart."""
-    ends = [axes.transData.transform((line.x[-1], line.y[-1])) for line in lines]
-    placed: list[tuple[float, float]] = []
-    for i in sorted(range(len(lines)), key=lambda i: float(ends[i][1])):
-        x, y = float(ends[i][0]), float(ends[i][1])
-        while any(abs(x - px) < 10 * len(lines[i].mark) + 4 and abs(y - py) < 15 for px, py in placed):
-            y += 2
-        placed.append((x, y))
+def _mark_ends(axes: Axes, lines: Sequence[Line], points: float) -> None:
+    """Write each line's mark behind its last point, moved up or down as far as the marks need to stand apart.
+
+    A pixel of the drawing is so many `points`.
+    """
+    ends = [axes.transData.transform((line.x[-1], line.y[-1])) * points for line in lines]
+    top = float(axes.bbox.y1) * points + 4
+    heights = [float(y) for _, y in ends]
+
+    def apart(i: int, others: Sequence[int], step: float) -> None:
+        while any(
+            abs(ends[i][0] - ends[j][0]) < 8 * len(lines[i].mark) + 3 and abs(heights[i] - heights[j]) < 14 for j in others
+        ):
+            heights[i] += step
+
+    order = sorted(range(len(lines)), key=lambda i: heights[i])
+    for place, i in enumerate(order):
+        apart(i, order[:place], 1)
+    if max(heights) > top:
+        order.sort(key=lambda i: -heights[i])
+        for place, i in enumerate(order):
+            heights[i] = min(heights[i], top)
+            apart(i, order[:place], -1)
+    for line, end, height in zip(lines, ends, heights, strict=True):
         axes.annotate(
-            lines[i].mark,
-            (lines[i].x[-1], lines[i].y[-1]),
-            (7, y - float(ends[i][1])),
+            line.mark,
+            (line.x[-1], line.y[-1]),
+            (7, height - float(end[1])),
             textcoords="offset points",
             va="center",
             fontweight="bold",
-            color=lines[i].colour,
+            color=line.colour,
             annotation_clip=False,
             bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0, "alpha": 0.7},
         )

@@ -84,13 +84,13 @@ def digits(value: float, kind: str = "amount") -> str:
     return f"{value:,.0f}"
 
 
-def summary_table(runs: Sequence[Run], *, each: bool = True) -> Table:
-    """Return the summary: for one run a key and a value a line, for several one line a run, or as `rows` says with `each`.
+def summary_table(runs: Sequence[Run]) -> Table:
+    """Return the summary: for one run a key and a value a line, for several one line a run.
 
     Accuracy is in percent, MB = 10**6 bytes without the eval phase. Made for a terminal of 80 columns: the folder
     stands under the name of its run, and a deviation under its mean.
     """
-    found = rows(runs, each=each)
+    found = rows(runs)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_header=len(runs) > 1, show_edge=False)
     if len(runs) == 1:
         table.add_column(style="dim", no_wrap=True)

@@ -14,6 +14,8 @@ WIDE = 960
 """width of the plot, in the units of its view box"""
 DENSE = 0.9995
 """from this density on a setting is dense"""
+_LEAST_SPAN = 6.0
+"""percent that the axis of accuracy spans at least, so that small differences look small"""
 _SMALLEST, _LARGEST = 5.0, 12.0
 
 Point = tuple[float, float]
@@ -76,7 +78,7 @@ def draw(settings: Sequence[Setting], *, log: bool) -> str:
     with canvas(min(320 + 16 * len(families), 680), WIDE) as drawing:
         axes = drawing.axes(left=48, right=14, bottom=44, top=26)
         low, high = min(setting.low for setting in settings), max(setting.high for setting in settings)
-        room = 0.07 * (high - low) or 1.0
+        room = max(0.07 * (high - low), 0.5 * (_LEAST_SPAN - (high - low)))
         axes.set_ylim(max(low - room, -2), high + room)
         left, right = (f(setting.megabytes for setting in settings) for f in (min, max))
         around = math.log(right / left) * 0.07 if log else (right - left) * 0.07 or 0.1 * right
@@ -105,13 +107,9 @@ def draw(settings: Sequence[Setting], *, log: bool) -> str:
         marks = [[Mark(place(each), diameters.get(each.density, 10.5) / 2) for each in family] for family in families.values()]
         lines = [pair for family in marks for pair in pairwise(mark.at for mark in family)]
         lines += [(place(each, each.low), place(each, each.high)) for each in settings if each.high > each.low]
-        walk = [(float(x) * across, float(y) * across) for x, y in axes.transData.transform(steps)]
-        lines += [
-            side
-            for (x, y), (to, up) in pairwise(walk)
-            for side in (((x, y), (to, y)), ((to, y), (to, up)))
-            if side[0] != side[1]
-        ]
+        corners = [steps[0], *(corner for (_, y), (x, up) in pairwise(steps) for corner in ((x, y), (x, up)))]
+        walk = [(float(x) * across, float(y) * across) for x, y in axes.transData.transform(corners)]
+        lines += [((x, y + side), (to, up + side)) for (x, y), (to, up) in pairwise(walk) for side in (-3.5, 3.5)]
         names_on_front = {each.name for each in best}
         texts = [Text(name, 7.6 if name in names_on_front else 6.9) for name in families]
         frame = (50.0, 46.0, WIDE - 4.0, drawing.height - 22.0)
@@ -240,7 +238,7 @@ def _covered(spot: Spot, marks: Sequence[Mark], lines: Sequence[tuple[Point, Poi
             cost += 70
     for line in lines:
         if _crosses_box(line, spot.box):
-            cost += 14
+            cost += 24
         if spot.leader and _cross(*line, *spot.leader):
             cost += 5
     return cost
