@@ -516,9 +516,12 @@ def _best(found: Sequence[Group]) -> list[tuple[Group, Setting]]:
 
 def said_of_front(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Return the settings on the Pareto front, from the fewest megabytes to the most, each with what it came to in words."""
+    return _said(_settings_of(runs))
+
+
+def _said(found: Sequence[Group]) -> list[tuple[str, str]]:
     return [
-        (group.name, f"{digits(mark.accuracy, 'percent')} % for {digits(mark.megabytes)} MB")
-        for group, mark in _best(_settings_of(runs))
+        (group.name, f"{digits(mark.accuracy, 'percent')} % for {digits(mark.megabytes)} MB") for group, mark in _best(found)
     ]
 
 
@@ -551,8 +554,7 @@ def _tradeoff_html(found: Sequence[Group]) -> str:
         caption += f" Without an accuracy, and not drawn: {absent} of {len(found)}."
     if stopped := sum(outcome(run).status != "done" for group, _ in marked for run in group.runs):
         caption += f" {stopped} of the runs did not end as done and count up to where they stopped."
-    runs = [run for group in found for run in group.runs]
-    each = "".join(f"<li><b>{text(name)}</b>: {came}</li>" for name, came in said_of_front(runs))
+    each = "".join(f"<li><b>{text(name)}</b>: {came}</li>" for name, came in _said(found))
     said = f"<p>The Pareto front: no other setting has as much accuracy for as few megabytes.</p><ol>{each}</ol>"
     drawing = figure(title, caption, draw(marks, log=log), _density_key(marks), wide=True)
     return f'<section class="tradeoff">{drawing}<div class="front">{said}</div></section>'

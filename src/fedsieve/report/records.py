@@ -15,6 +15,7 @@ import math
 import os
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from csv import DictReader
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fedsieve.errors import DataError, UsageError
 
 SEED = "engine.seed"
 DENSITY = "algorithm.density"
+MOST_NAMED = 3
 RATES = ("local.lr", "algorithm.lr", "algorithm.server.lr")
 _RECORDS = ("records.jsonl", "records.csv")
 _OWN = ("algorithm.variant", DENSITY)
@@ -276,20 +278,29 @@ def names(runs: Sequence[Run], *, seed: bool = True) -> list[str]:
 
 
 def short_names(runs: Sequence[Run]) -> list[str]:
-    """Return the shortest names that tell runs apart without seed and density: the method, and what it takes besides.
+    """Return short names that tell runs apart without seed and density: the method, and what it takes besides.
 
-    Data and model are named at all runs where they differ, other settings where a method is there with several of them.
+    Data and model are named at all runs where they differ, other settings where a method is there with several of them; where
+    it takes more than MOST_NAMED to tell its runs apart, each run has those in which it is not like most.
     """
     different = [key for key in differences(runs) if key not in (SEED, DENSITY, "algorithm.name")]
     world = [key for key in different if key.startswith(("data.", "model."))]
     own = [key for key in different if key not in world]
-    own.sort(key=lambda key: (key not in _OWN, not key.startswith("algorithm."), key == "engine.rounds"))
+    own.sort(key=lambda key: (key not in _OWN, key in RATES, not key.startswith("algorithm."), key == "engine.rounds"))
     shared = _telling(runs, world)
     alike: dict[str, list[Run]] = {}
     for run in runs:
         alike.setdefault(_name(run, shared, bare=True), []).append(run)
-    found = {id(run): _name(run, [*_telling(set_, own), *shared], bare=True) for set_ in alike.values() for run in set_}
-    return _apart([found[id(run)] for run in runs], runs)
+    chosen: dict[int, list[str]] = {}
+    for set_ in alike.values():
+        keys = _telling(set_, own)
+        usual = {key: Counter(str(flat(run.config).get(key)) for run in set_).most_common(1)[0][0] for key in keys}
+        for run in set_:
+            unlike = [key for key in keys if len(keys) <= MOST_NAMED or str(flat(run.config).get(key)) != usual[key]]
+            chosen[id(run)] = [*unlike, *shared]
+    found = [_name(run, chosen[id(run)], bare=True) for run in runs]
+    clear = [_name(run, chosen[id(run)], bare=found.count(name) == 1) for run, name in zip(runs, found, strict=True)]
+    return _apart(clear, runs)
 
 
 def _telling(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:

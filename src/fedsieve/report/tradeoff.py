@@ -176,9 +176,9 @@ def arrange(
     Names in a crowd choose first; then each chooses again, knowing where the others are, until none moves.
     """
     every = [mark for family in marks for mark in family]
+    anywhere = (-math.inf, -math.inf, math.inf, math.inf)  # for a name that is too long for the frame
     options = [
-        sorted((spot for rank, mark in enumerate(family) for spot in _spots(text, mark, 5.0 * rank, frame)), key=_cost)
-        for text, family in zip(texts, marks, strict=True)
+        _options(text, family, frame) or _options(text, family, anywhere) for text, family in zip(texts, marks, strict=True)
     ]
     rated: dict[int, float] = {}
 
@@ -198,6 +198,11 @@ def arrange(
         if before == chosen:
             break
     return [chosen[i] for i in range(len(texts))]
+
+
+def _options(text: Text, family: Sequence[Mark], frame: Box) -> list[Spot]:
+    """Return the places for a name, the nearest to its marks first."""
+    return sorted((spot for rank, mark in enumerate(family) for spot in _spots(text, mark, 5.0 * rank, frame)), key=_cost)
 
 
 def _spots(text: Text, mark: Mark, cost: float, frame: Box) -> Iterator[Spot]:
