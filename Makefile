@@ -45,6 +45,7 @@ bench-check: setup
 reproduce: setup
 	$(BIN)/python -m fedsieve.bench.reproduce
 	$(BIN)/python -m fedsieve.bench.federated
+	$(BIN)/python -m fedsieve.bench.privacy
 
 clean:
 	rm -rf .venv .peers runs
