@@ -50,7 +50,7 @@ DENSE = "fedavg"
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Data, a network, how it is trained, and after which rounds dense FedAvg is stopped too."""
+    """Data, a network, how it is trained, and after how many rounds dense FedAvg is looked at besides."""
 
     name: str
     data: Data
@@ -71,7 +71,7 @@ SCENARIOS = (
         Model(name="mlp"),
         Local(epochs=4, lr=0.1),
         rounds=60,
-        stops=(2, 4, 8, 15, 30),
+        stops=(2, 4, 8, 15, 30, 90),
         shadows=4,
     ),
     Scenario(
@@ -80,7 +80,7 @@ SCENARIOS = (
         Model(name="lenet"),
         Local(epochs=4, lr=0.02, momentum=0.9),
         rounds=25,
-        stops=(2, 5, 9, 15),
+        stops=(2, 5, 9, 15, 35),
         shadows=2,
     ),
 )
@@ -243,7 +243,7 @@ def draw(folder: Path) -> None:
 
     with rc_context({"svg.hashsalt": "fedsieve", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(8.4, 3.8), layout="constrained")
-        panels = figure.subplots(1, len(SCENARIOS), sharey=True)
+        panels = figure.subplots(1, len(SCENARIOS), sharey=True, squeeze=False)[0]
         for axes, scenario in zip(panels, SCENARIOS, strict=True):
             stopped = dense(scenario, folder)
             whole = [cell for cell in cells(scenario) if cell.rounds == scenario.rounds]
