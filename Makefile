@@ -46,6 +46,7 @@ reproduce: setup
 	$(BIN)/python -m fedsieve.bench.reproduce
 	$(BIN)/python -m fedsieve.bench.federated
 	$(BIN)/python -m fedsieve.bench.hidenseek
+	$(BIN)/python -m fedsieve.bench.privacy
 
 clean:
 	rm -rf .venv .peers runs

@@ -418,6 +418,7 @@ def test_runs_that_cannot_be_audited_are_refused(folder, digits, small, tmp_path
     fit(FedAvg(), model=small, data=digits, local=LOCAL, engine=Engine(rounds=1), out=tmp_path / "python")
     few = ["run", "fedavg", "--data.test_limit", "150", "--engine.rounds", "1", "--model.hidden", "8"]
     assert cli.main([*few, "--out", str(tmp_path / "few")]) == 0
+    assert cli.main(["run", "fedavg", *SMALL, "--data.clients", "6", "--out", str(tmp_path / "small")]) == 0
     for name in ("unfinished", "moved"):
         (tmp_path / name).mkdir()
         for path in folder.iterdir():
@@ -427,14 +428,15 @@ def test_runs_that_cannot_be_audited_are_refused(folder, digits, small, tmp_path
     (tmp_path / "moved" / "partition.json").write_text(json.dumps(partition | {"hash": "0" * 32}))
     monkeypatch.setattr(Executor, "train", lambda *args, **settings: pytest.fail("it trained"))
     capsys.readouterr()
-    for name, code, said in (
+    for name, code, said, *words in (
+        ("small", 2, "client 1 holds 50 training examples: an audit needs 100", "--client", "1"),
         ("python", 2, "was started from Python"),
         ("few", 2, "150 test examples; an audit needs 200"),
         ("unfinished", 2, "has not ended"),
         ("moved", 3, "not shared out as"),
         ("nowhere", 2, "not a run folder"),
     ):
-        assert cli.main(["audit", str(tmp_path / name)]) == code
+        assert cli.main(["audit", str(tmp_path / name), *words]) == code
         message = capsys.readouterr().err
         assert said in message, name
         assert len(message.splitlines()) <= 8

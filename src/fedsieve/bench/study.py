@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,19 @@ from numpy.typing import NDArray
 
 from fedsieve import files
 from fedsieve.config import Config
+from fedsieve.engine.loop import Result
 from fedsieve.report import records
 from fedsieve.report.table import csv
 
 Summary = dict[str, Any]
 
 
-def play(config: Config, folder: Path, place: Path) -> Summary | None:
+def play(
+    config: Config, folder: Path, place: Path, also: Callable[[Result], Mapping[str, str]] = lambda result: {}
+) -> Summary | None:
     """Run a config, or go on with it, and keep its config.toml, summary.json and records.csv in folder / place.
+
+    `also` makes further files of the result, name -> text, before the run folder is gone.
 
     Returns:
         The summary; None if the run is there already.
@@ -32,6 +37,8 @@ def play(config: Config, folder: Path, place: Path) -> Summary | None:
     out = Path("runs") / "studies" / folder.name / place
     result = config.run(out, resume=(out / "config.toml").is_file())
     kept.mkdir(parents=True, exist_ok=True)
+    for name, text in also(result).items():
+        files.replace(kept / name, text)
     files.replace(kept / "records.csv", csv(records.read(out)))
     shutil.copy(out / "config.toml", kept)
     shutil.copy(out / "summary.json", kept)
