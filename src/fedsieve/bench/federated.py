@@ -19,10 +19,9 @@ from typing import Any
 from fedsieve.bench.methods import Method, Scenario, Study, main
 from fedsieve.settings import Data, Model
 
-DENSE: dict[str, Any] = {"densities": (None,), "tuned": (None,)}
+DENSE: dict[str, Any] = {"densities": (None,)}
 SERVER: dict[str, Any] = DENSE | {"rate": "algorithm.server.lr"}
-SCORES: dict[str, Any] = {"rate": "algorithm.lr", "tuned": (0.1, 0.05, 0.01)}
-"""what is learned over frozen weights has gradients that depend on the density"""
+SCORES: dict[str, Any] = {"rate": "algorithm.lr"}
 
 METHODS = (
     Method("fedavg", "fedavg", **DENSE),

@@ -1,7 +1,7 @@
 """HideNseek's options, one changed at a time: `python -m fedsieve.bench.hidenseek`, part of `make reproduce`.
 
 What is not told of the method is a setting; this is what each choice costs. Fashion-MNIST by Dirichlet as in
-`bench/federated.py`; each variant has the learning rate that suits it, chosen at density 0.05 (see `bench/methods.py`).
+`bench/federated.py`; each variant has the learning rate that suits it, chosen at each density (see `bench/methods.py`).
 """
 
 from __future__ import annotations

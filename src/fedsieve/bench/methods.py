@@ -1,15 +1,19 @@
 """Studies that compare methods: each one's learning rate is chosen first, then every run is played, two at a time.
 
 Rates are chosen on training examples that are held out (`data.validation`), with a seed and a split of their own, by the mean
-accuracy over clients: two of a ladder are tried, and as long as the best is an outermost one the next beyond it. All trials are
-in tuning.csv. A trial or a run that is in the folder already is not repeated, so a study can be
-stopped and started again. Kept are each run's config.toml, summary.json and records.csv; table.md and a page for each scenario
-are made of all of them. In a trial a client that diverges is the end, in a run it is lost in that round and counted.
+accuracy over clients: two of a ladder are tried, and as long as the best is an outermost one the next beyond it. Taken is the
+smallest that is within a point of the best, since the best itself is often the last that does not diverge. All trials are in
+tuning.csv. In a trial a client that diverges is the end; in a run it is lost in that round, and counted.
+
+A trial or a run that is in the folder is not repeated, but for runs whose settings have changed, so a study can be stopped
+and started again. Kept are each run's config.toml, summary.json and records.csv; table.md and a page for each scenario are made
+of all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -28,14 +32,15 @@ from numpy.typing import NDArray
 
 from fedsieve import files
 from fedsieve.bench import study
-from fedsieve.config import Config, from_name
+from fedsieve.config import Config, from_file, from_name
 from fedsieve.errors import Diverged
 from fedsieve.report.page import write_comparison
+from fedsieve.report.records import flat, read
 from fedsieve.report.table import markdown
 from fedsieve.settings import Data, Engine, Model
 
 SEEDS = (0, 1)
-TUNING_SEED, VALIDATION = 100, 0.2
+TUNING_SEED, VALIDATION, AS_GOOD = 100, 0.2, 0.01
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for digit in (1, 3))
 """learning rates that are tried"""
 
@@ -53,12 +58,6 @@ class Method:
     """its learning rate"""
     first: tuple[float, float] = (0.1, 0.3)
     """that are tried first"""
-    tuned: tuple[float | None, ...] = (0.05,)
-    """densities at which it is chosen: all, or one for all"""
-
-    def tuned_at(self, density: float | None) -> float | None:
-        """Return at which density the rate for a density is chosen."""
-        return density if density in self.tuned else self.tuned[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +175,9 @@ class Tuning:
         files.replace(self.path, text.getvalue())
 
     def rate(self, cell: Cell) -> float:
-        """Return the rate with the best mean accuracy over clients, of equals the smallest."""
-        tried = self._tried(cell.scenario, cell.method, cell.method.tuned_at(cell.density))
-        return max(tried, key=lambda rate: tried[rate])
+        """Return the smallest rate whose mean accuracy over clients is as good as the best."""
+        tried = self._tried(cell.scenario, cell.method, cell.density)
+        return next(rate for rate, accuracy in tried.items() if accuracy >= max(tried.values()) - AS_GOOD)
 
     def _tried(self, scenario: Scenario, method: Method, density: float | None) -> dict[float, float]:
         key = (scenario.rates, method.name, "" if density is None else str(density))
@@ -215,12 +214,8 @@ def main(compared: Study, program: str, about: str, words: Sequence[str]) -> int
             if time.monotonic() > end:
                 return 1
         for seed in SEEDS:
-            left = (
-                (cell, seed, tuning.rate(cell), options.folder)
-                for cell in asked
-                if not (options.folder / cell.place / f"seed{seed}" / "summary.json").is_file()
-            )
-            for (cell, *_), found in each(_play, left):
+            every = ((cell, seed, tuning.rate(cell), options.folder) for cell in asked)
+            for (cell, *_), found in each(_play, (task for task in every if not _kept(*task))):
                 megabytes = (found["bytes_up"] + found["bytes_down"]) / 1e6
                 accuracy, density, seconds = found["accuracy"], found["density"], found["seconds"]
                 print(
@@ -236,7 +231,7 @@ def _untried(compared: Study, asked: Sequence[Cell], tuning: Tuning) -> Iterator
     """Yield the trials that are still to be made for some cells, each once."""
     known = set[tuple[str, str, float | None]]()
     for cell in asked:
-        scenario, density = compared.chooser(cell.scenario), cell.method.tuned_at(cell.density)
+        scenario, density = compared.chooser(cell.scenario), cell.density
         if (key := (scenario.name, cell.method.name, density)) not in known:
             known.add(key)
             yield from ((scenario, cell.method, density, rate) for rate in tuning.missing(scenario, cell.method, density))
@@ -270,9 +265,20 @@ def _try(scenario: Scenario, method: Method, density: float | None, rate: float)
     return found
 
 
+def _kept(cell: Cell, seed: int, rate: float, folder: Path) -> bool:
+    """Whether a run is in the folder, with these settings."""
+    place = folder / cell.place / f"seed{seed}"
+    if not (place / "summary.json").is_file():
+        return False
+    was, now = from_file(place / "config.toml"), cell.scenario.config(cell.method, cell.density, seed, rate)
+    return was == replace(now, local=replace(now.local, convolution=was.local.convolution))
+
+
 def _play(cell: Cell, seed: int, rate: float, folder: Path) -> Mapping[str, Any]:
-    """Play a run of the study."""
-    return study.play(cell.scenario.config(cell.method, cell.density, seed, rate), folder, cell.place / f"seed{seed}") or {}
+    """Play a run of the study, in the place of one with other settings."""
+    place = cell.place / f"seed{seed}"
+    shutil.rmtree(folder / place, ignore_errors=True)
+    return study.play(cell.scenario.config(cell.method, cell.density, seed, rate), folder, place) or {}
 
 
 # ---- what it came to
@@ -308,27 +314,26 @@ HEAD = (
 
 def table(compared: Study, scenario: Scenario, folder: Path) -> str:
     """Return the table of a scenario over all runs that are in the folder."""
-    body, tuning = [], Tuning(folder)
+    body = []
     for cell in (cell for cell in compared.cells() if cell.scenario is scenario):
         found = study.summaries(folder / cell.place)
         if not found:
             continue
         curves = [study.curve(path) for path in sorted((folder / cell.place).glob("seed*/records.csv"))]
         cost = reached(curves, scenario.target)
+        rates = {flat(read(path.parent).config)[cell.method.rate] for path in (folder / cell.place).glob("seed*/summary.json")}
         accuracies = [100 * run["accuracy"] for run in found]
-        clients = {key: np.mean([100 * run["client_accuracy"][key] for run in found]) for key in ("mean", "p10")}
-        tuned = np.mean([100 * run["tuned_accuracy"]["mean"] for run in found])
+        clients = [_percent(found, "client_accuracy", key) for key in ("mean", "p10")]
         body.append(
             [
                 cell.method.name,
                 "" if cell.density is None else f"{cell.density:g}",
-                f"{tuning.rate(cell):g}",
+                " ".join(f"{rate:g}" for rate in sorted(rates)),
                 f"{study.mean(found, 'density'):.4f}",
                 f"{np.mean(accuracies):.1f}",
                 " ".join(f"{accuracy:.1f}" for accuracy in accuracies),
-                f"{clients['mean']:.1f}",
-                f"{clients['p10']:.1f}",
-                f"{tuned:.1f}",
+                *clients,
+                _percent(found, "tuned_accuracy", "mean"),
                 f"{study.mean(found, 'bytes_up') / 1e6:.2f}",
                 f"{study.mean(found, 'bytes_down') / 1e6:.2f}",
                 *(("", "") if cost is None else (f"{cost[0]:.1f}", f"{cost[1]:.1f}")),
@@ -336,6 +341,11 @@ def table(compared: Study, scenario: Scenario, folder: Path) -> str:
             ]
         )
     return markdown([name.format(target=f"{scenario.target:g}") for name in HEAD], body)
+
+
+def _percent(found: Sequence[study.Summary], part: str, key: str) -> str:
+    """Return the mean of an accuracy over clients, over the seeds; a dash, if one lost all its clients."""
+    return f"{np.mean([100 * run[part][key] for run in found]):.1f}" if all(run[part] for run in found) else "–"
 
 
 def reached(runs: Sequence[NDArray[np.float64]], target: float) -> tuple[float, float] | None:
