@@ -259,8 +259,9 @@ def report_command(words: list[str]) -> None:
 class Compare:
     """Compare runs: a table, and one page with accuracy against megabytes.
 
-    On the page are a mark for each setting (seeds taken together), the Pareto
-    front, and curves: of all, or of the front where there are more than 12.
+    On the page is a mark for each setting, its seeds taken together.
+
+    Curves are of all settings, or of the Pareto front where they are over 12.
 
     Example: fedsieve compare runs/dense runs/sparse --out compare.html
     """
