@@ -65,6 +65,13 @@ def test_a_table_of_records_is_read_as_the_records_it_was_made_of(tmp_path):
         rounds(tmp_path / "records.csv")
 
 
+@pytest.mark.parametrize("line", ["two,0.5", "2,high", ",0.5", "2", "2,0.5,7"])
+def test_a_broken_line_of_a_table_is_named(tmp_path, line):
+    (tmp_path / "records.csv").write_text(f"round,lost\n1,\n{line}\n".replace("lost", "accuracy" if line != "2" else "lost"))
+    with pytest.raises(DataError, match="line 3 is not a record"):
+        rounds(tmp_path / "records.csv")
+
+
 def test_a_study_is_one_mark_a_setting_and_one_name_a_method(study, capsys):
     groups = _settings_of([read(each) for each in find([study])])
     assert sorted((group.family, group.density, len(group.runs)) for group in groups) == [
@@ -90,6 +97,23 @@ def test_with_many_runs_the_terminal_has_the_front_in_words(study, capsys):
     said = capsys.readouterr().out
     assert said.startswith("15 runs of 4 settings. On the Pareto front of accuracy against megabytes:\n  ")
     assert " % for " in said
+
+
+@pytest.mark.parametrize("count", [12, 13])
+def test_of_more_than_twelve_settings_only_the_front_has_curves_and_all_are_listed(tmp_path, count):
+    for i in range(count):  # the first costs least, the last is best, all others cost as much as it
+        folder = sample(tmp_path / "kept" / f"m{i:02}", method=f"m{i:02}", density=None, rounds=2)
+        rewrite(folder, lambda row, i=i: row.update(accuracy=(30 + i) / 100, bytes_up=10**6 * (1 if i == 0 else 30)))
+        (folder / "summary.json").unlink()
+    page, text = checked(write_comparison([tmp_path / "kept"], tmp_path / "page.html"))
+    lettered = {letter for letter in "ABCDEFGHIJKLM" if f"<b>{letter}</b>" in text}
+    assert lettered == (set("AB") if count > 12 else set("ABCDEFGHIJKL"))
+    curves = page.drawings[1:]
+    assert len(curves) == 5
+    assert all(("Only 2 of the 13 settings: those on the Pareto front." in said) is (count > 12) for said in curves)
+    table = page.words.partition("Results")[2]
+    places = [table.index(f"m{i:02}") for i in reversed(range(count))]
+    assert places == sorted(places), "the most accurate first"
 
 
 def test_the_front_of_runs_is_by_their_means(tmp_path):

@@ -194,8 +194,10 @@ def _table(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _record(cells: dict[str, Any]) -> dict[str, Any]:
+def _record(cells: dict[Any, Any]) -> dict[str, Any]:
     """Return a line of a table as the record it was made of."""
+    if None in cells:
+        raise ValueError("more cells than the head has")
     row: dict[str, Any] = {}
     for column, cell in cells.items():
         key, *inner = column.split(".", 1)
