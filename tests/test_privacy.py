@@ -8,7 +8,7 @@ import pytest
 
 from fedsieve import Data, DataError, FedAvg, Local, Model
 from fedsieve.bench import privacy
-from fedsieve.bench.privacy import DENSE, SCENARIOS, SEEDS, Cell, Found, Scenario, alike, cells, spread
+from fedsieve.bench.privacy import DENSE, SCENARIOS, SEEDS, Cell, Found, Scenario, alike, beyond, cells, spread
 from fedsieve.config import from_tables
 from fedsieve.finish import audit
 from fedsieve.finish.audit import LEAST, plan
@@ -101,6 +101,9 @@ def test_dense_models_of_equal_training_accuracy_are_between_stops_and_nowhere_e
     assert [alike(at, stops, "loss") for at in (60, 65, 80, 90)] == pytest.approx([0.5, 0.55, 0.65, 0.7])
     assert [alike(at, stops, "loss") for at in (59.9, 90.1)] == [None, None]
     assert alike(60, [], "loss") is None
+    sparse = Found(0.1, 80.0, 50.0, {"loss": {"auc": 0.62}})
+    assert beyond(sparse, stops, "loss") == pytest.approx(-0.03)
+    assert beyond(replace(sparse, train=95.0), stops, "loss") is None
 
 
 def test_spread_is_mean_and_sample_deviation():
