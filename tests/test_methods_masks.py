@@ -611,6 +611,10 @@ def test_votes_are_read_as_the_probabilities_that_the_server_has(digits, small):
         ones, votes = message.integers("ones").double(), message.number("votes")
         assert same(algorithm._estimated(ones, votes), play.state.probabilities)
         assert len(message.sections["ones"].body) < small.layout.maskable / 2
+    for bad, among in ((ones[1:], votes), (ones - 1, votes), (ones, 0), (ones + 9, votes)):
+        sections = message.sections | {"ones": integers(bad.long()), "votes": number(among)}
+        with pytest.raises(WireError):
+            handle(play.device, 0, pack(Message("train", 3, small.layout, sections)), None)
     assert "shares" in FedPM(weighting="examples").broadcast(play.state, [0])[0].sections
 
 

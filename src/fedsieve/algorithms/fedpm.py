@@ -34,7 +34,7 @@ from fedsieve.reparam.bernoulli import BernoulliMask
 from fedsieve.settings import Count, Density, NonNegative, Positive, settings
 from fedsieve.sparsity.select import select
 from fedsieve.streams import Stream, Streams
-from fedsieve.wire.message import Message
+from fedsieve.wire.message import Message, Reason, WireError
 from fedsieve.wire.sections import integers, mask, number, seed
 from fedsieve.wire.shares import read_shares, shares
 
@@ -117,7 +117,7 @@ class FedPM:
         """Learn scores from the probabilities on, and send a mask drawn by them."""
         word, layout = request.seed("seed"), client.layout
         if "ones" in request.sections:
-            before = self._estimated(request.integers("ones").double(), request.number("votes"))
+            before = self._estimated(*_votes(request))
         elif "shares" in request.sections:
             before = read_shares(request, "shares", self.bits, layout.maskable)
         else:
@@ -175,6 +175,20 @@ class FedPM:
         if self.start == "uniform":
             return torch.from_numpy(Streams(word)("probabilities").uniform(layout.maskable)).float()
         return torch.full((layout.maskable,), self.density if self.start == "density" and self.density else 0.5)
+
+
+def _votes(request: Message) -> tuple[Tensor, float]:
+    """Read each weight's votes, float64 of shape (layout.maskable,), and how many there could be.
+
+    Raises:
+        WireError: COUNT for another number of weights; RANGE for votes that cannot be.
+    """
+    ones, votes = request.integers("ones").double(), request.number("votes")
+    if len(ones) != request.layout.maskable:
+        raise WireError(Reason.COUNT, 0, f"votes on {len(ones)} weights, not {request.layout.maskable}")
+    if not votes > 0 or not bool(((ones >= 0) & (ones <= votes)).all()):
+        raise WireError(Reason.RANGE, 0, f"section 'ones' holds votes outside of [0, {votes}]")
+    return ones, votes
 
 
 def _scores(probabilities: Tensor, density: float | None) -> Tensor:

@@ -132,7 +132,7 @@ class Executor:
         bound = form.bound
         support = form.support(masks) if masks is not None else None
         velocity = None
-        if local.momentum:
+        if local.momentum and not adam:
             velocity = torch.zeros_like(bound.gradient) if momentum is None else form.inward(momentum).clone()
         bound.weights.copy_(form.inward(params.flat))
         for vector in (bound.weights, velocity):
