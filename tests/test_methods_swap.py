@@ -241,6 +241,18 @@ def test_flops_of_growing_are_one_dense_weight_gradient_of_the_block(digits, sma
     assert executor.flops == 16 * (2 * small.density_flops(masks) + 2 * 16 * 10)
 
 
+@pytest.mark.parametrize("lacks", [1, 8])
+def test_statistics_that_are_not_those_of_all_candidates_are_refused(digits, lacks):
+    spec = network("batch")
+    algorithm = FedTiny(density=0.2, pool=2)
+    state = algorithm.init(Job(spec, spec.initial("kaiming", Streams(0)), 20, 6, Streams(0)))
+    width = spec.layout.size - spec.layout.trainable
+    asked = algorithm.broadcast(replace(state, statistics=torch.ones(2, width)), [0])[0]
+    short = asked.sections | {"statistics": vector(torch.ones(2 * width - lacks))}
+    with pytest.raises(WireError, match=f"{2 * width - lacks} numbers of 2 candidates, not {width} each"):
+        algorithm.client_update(Message("setup", 1, spec.layout, short), client_of(spec, digits), None)
+
+
 def test_flops_of_the_choice_are_forward_passes_over_all_examples(digits, small):
     """Of 1184 weights 237 are kept; 240 examples go forward once for each of 3 candidates; an epoch is 3 times as much."""
     engine = Engine(rounds=2, eval_clients=0)

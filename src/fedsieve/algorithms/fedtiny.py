@@ -168,11 +168,8 @@ class FedTiny:
         """Decode statistics or losses of the candidates; or weights, and gradients at as many places as were asked for."""
         share, layout, nothing = weight(reply, self.weighting), state.params.layout, torch.zeros(0)
         if state.pool is not None:
-            found, candidates = reply.vector("measured").double(), len(state.pool.counts)
             width = layout.size - layout.trainable if self._unmeasured(state) else 1
-            if len(found) != candidates * width:
-                raise WireError(Reason.COUNT, 0, f"{len(found)} numbers of {candidates} candidates, not {width} each")
-            return share, found.view(candidates, width), nothing, nothing
+            return share, _by_candidate(reply.vector("measured").double(), state.pool, width), nothing, nothing
         masks = state.versions.masks
         params, swaps = reply.values("weights", masks), self._swaps(state)
         if not swaps:
@@ -257,7 +254,7 @@ class FedTiny:
         """Measure statistics of each candidate, or its loss; one candidate at a time."""
         pool, given, found = Pool.of(request), None, []
         if "statistics" in request.sections:
-            given = request.vector("statistics").view(len(pool.counts), -1)
+            given = _by_candidate(request.vector("statistics"), pool, client.layout.size - client.layout.trainable)
         for index in range(len(pool.counts)):
             params, masks = pool.candidate(index)
             if self.selection == "statistics" and given is None:
@@ -267,3 +264,11 @@ class FedTiny:
                 params.statistics.copy_(given[index])
             found.append(torch.tensor([client.evaluate_training(params, masks).mean_loss], dtype=torch.float64))
         return request.reply(measured=vector(torch.cat(found)), examples=number(client.examples))
+
+
+def _by_candidate(numbers: Tensor, pool: Pool, width: int) -> Tensor:
+    """Return numbers as a row for each candidate. WireError: COUNT where these are not so many of so many each."""
+    candidates = len(pool.counts)
+    if len(numbers) != candidates * width:
+        raise WireError(Reason.COUNT, 0, f"{len(numbers)} numbers of {candidates} candidates, not {width} each")
+    return numbers.view(candidates, width)
