@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_format_is_refused(small, digits, tmp_path, monk
     monkeypatch.setattr("fedsieve.engine.folder.FORMAT", 1)
     resume = interrupted(small, digits, tmp_path / "run")
     monkeypatch.undo()
-    with pytest.raises(DataError, match="its format is 1, this version of fedsieve reads 2"):
+    with pytest.raises(DataError, match="its format is 1, this version of fedsieve reads 3"):
         resume()
 
 

@@ -415,6 +415,7 @@ def golden_messages() -> dict[str, Message]:
             },
         ),
         "half": Message("setup", 1, SMALL, {"v16": s.vector(torch.tensor([0.1, -65504.0], dtype=torch.float16))}),
+        "brain": Message("setup", 1, SMALL, {"vb16": s.vector(torch.tensor([0.1, -1e30], dtype=torch.bfloat16))}),
         "empty": Message("control", 2**32 - 1, SMALL, {}),
     }
 

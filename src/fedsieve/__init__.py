@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from fedsieve.algorithms.snip import Snip
     from fedsieve.algorithms.sparsyfed import SparsyFed
     from fedsieve.algorithms.ssfl import Ssfl
+    from fedsieve.compress.base import Compressor
     from fedsieve.data.batches import Federation, federate
     from fedsieve.data.datasets import Dataset, from_arrays, load
+    from fedsieve.engine.link import Link
     from fedsieve.engine.loop import Result, fit
     from fedsieve.engine.nursery import warm_up
     from fedsieve.errors import DataError, Diverged, FedsieveError, UsageError
@@ -56,11 +58,13 @@ _HOME = {
     "Snip": "algorithms.snip",
     "SparsyFed": "algorithms.sparsyfed",
     "Ssfl": "algorithms.ssfl",
+    "Compressor": "compress.base",
     "Federation": "data.batches",
     "federate": "data.batches",
     "Dataset": "data.datasets",
     "from_arrays": "data.datasets",
     "load": "data.datasets",
+    "Link": "engine.link",
     "Result": "engine.loop",
     "fit": "engine.loop",
     "warm_up": "engine.nursery",
@@ -90,11 +94,11 @@ _HOME = {
 }
 
 __all__ = [
-    "Data", "DataError", "Dataset", "Diverged", "Engine", "FedAvg", "FedDST", "FedMask", "FedNova", "FedPM", "FedProx",
-    "FedSparsify", "FedTiny", "Federation", "FedsieveError", "HideNSeek", "Kind", "Layout", "Local", "LotteryFL", "Masks",
-    "Message", "Model", "ModelSpec", "OneShot", "Params", "ProgFed", "PruneFL", "Result", "Scaffold", "Slot", "Snip",
-    "SparseModel", "SparsyFed", "Ssfl", "Stream", "Streams", "UsageError", "WireError", "build", "federate", "fit",
-    "from_arrays", "load", "load_sparse", "pack", "unpack", "warm_up",
+    "Compressor", "Data", "DataError", "Dataset", "Diverged", "Engine", "FedAvg", "FedDST", "FedMask", "FedNova", "FedPM",
+    "FedProx", "FedSparsify", "FedTiny", "Federation", "FedsieveError", "HideNSeek", "Kind", "Layout", "Link", "Local",
+    "LotteryFL", "Masks", "Message", "Model", "ModelSpec", "OneShot", "Params", "ProgFed", "PruneFL", "Result", "Scaffold",
+    "Slot", "Snip", "SparseModel", "SparsyFed", "Ssfl", "Stream", "Streams", "UsageError", "WireError", "build", "federate",
+    "fit", "from_arrays", "load", "load_sparse", "pack", "unpack", "warm_up",
 ]  # fmt: skip
 
 

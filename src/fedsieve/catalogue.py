@@ -32,6 +32,20 @@ def algorithms() -> list[dict[str, Any]]:
     return found
 
 
+def compressors() -> list[dict[str, Any]]:
+    """List the compressors with the first line of their files, what they are like, and their settings."""
+    from fedsieve.compress.base import find, names
+
+    found = []
+    for name in names():
+        cls = find(name)
+        title = (import_module(cls.__module__).__doc__ or "").strip().splitlines()[0]
+        like = [entry.name for entry in fields(cls.caps) if getattr(cls.caps, entry.name)]
+        made = [entry.name for entry in fields(cls)]  # type: ignore[arg-type]
+        found.append({"name": name, "title": title, "like": like, "settings": made})
+    return found
+
+
 def datasets() -> list[dict[str, Any]]:
     """List the data sets."""
     from fedsieve.data.datasets import CATALOGUE
@@ -60,6 +74,7 @@ def partitions() -> list[dict[str, Any]]:
 
 LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "algorithms": algorithms,
+    "compressors": compressors,
     "datasets": datasets,
     "models": models,
     "partitions": partitions,

@@ -20,7 +20,7 @@ COMMANDS = {
     "compare": "compare runs in a table and on one page: fedsieve compare DIR...",
     "inspect": "show each layer's density, dead units and operations, and how masks moved: fedsieve inspect DIR [--json]",
     "audit": "attack the final model: does it tell who was in the training data? fedsieve audit DIR [--json]",
-    "list": "list algorithms, datasets, models or partitions [--json]",
+    "list": "list algorithms, compressors, datasets, models or partitions [--json]",
     "bench": "measure where sparse kernels pay on this machine: fedsieve bench kernels",
     "export": "write the final model for use elsewhere: fedsieve export DIR [--runtime sparse]",
 }

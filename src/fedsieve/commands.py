@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from dataclasses import replace as changed
 from inspect import cleandoc
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_origin
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SHORT = {"data": "data.name", "model": "model.name", "seed": "engine.seed"}
+SHORT = {"data": "data.name", "model": "model.name", "seed": "engine.seed"} | {way: f"{way}.name" for way in configs.WAYS}
 
 RUN_HELP = """Train, evaluate, record.
 
@@ -45,6 +46,9 @@ Every setting is also a key of a TOML file, and overrides it:
 
 Short for --data.name, --model.name and --engine.seed:
   --data NAME, --model NAME, --seed N
+
+Compress updates or broadcasts, and see the settings of that:
+  --compress.up NAME, --compress.down NAME, together with --help
 """
 
 
@@ -59,15 +63,29 @@ def run_command(words: list[str]) -> None:
         )
     if not helps:
         _workers_ahead(" ".join(words), path)
-    kinds = configs.sections((configs.from_file(path).name if path else name) or "fedavg")
+    written = configs.from_file(path) if path else None
+    kinds = configs.sections(written.name if written else name or "fedavg", _compressors(words, written))
     if helps:
         _run_help(kinds, name or "NAME|FILE.toml")
-    values = _values(words, configs.keys(kinds) | {"out": str}, f"fedsieve run {name}")
+    ways = {f"{way}.name": str for way in configs.WAYS}
+    values = _values(words, configs.keys(kinds) | ways | {"out": str}, f"fedsieve run {name}")
     out = values.pop("out", None)
     config = configs.from_file(path, values) if path else configs.from_name(str(name), values)
     from fedsieve.engine.folder import fresh
 
     _train(config, Path(out) if out else fresh(f"{_stem(config.name)}-{_stem(config.data.name)}"))
+
+
+def _compressors(words: list[str], written: Config | None) -> dict[str, str]:
+    """Return which compressors words and file name, for only then their settings are known."""
+    found = {f"compress.{way}": table["name"] for way, table in (written.link.tables() if written else {}).items()}
+    for option, value in pairwise([*words, ""]):
+        key, equals, given = option.partition("=")
+        way = key.removeprefix("--").removesuffix(".name")
+        name = given if equals else value
+        if key.startswith("--") and way in configs.WAYS and name and not name.startswith("--"):
+            found[way] = name
+    return found
 
 
 def _workers_ahead(words: str, path: Path | None) -> None:
@@ -86,7 +104,7 @@ def _run_help(kinds: Mapping[str, Any], name: str) -> NoReturn:
         ),
     ]
     tyro.cli(
-        make_dataclass("Run", [*kinds.items(), ("out", run_folder, field(default=""))]),
+        make_dataclass("Run", [*_nested(kinds), ("out", run_folder, field(default=""))]),
         args=["--help"],
         prog=f"fedsieve run {name}",
         description=RUN_HELP,
@@ -94,6 +112,13 @@ def _run_help(kinds: Mapping[str, Any], name: str) -> NoReturn:
         config=(tyro.conf.FlagConversionOff,),
     )
     raise AssertionError("tyro leaves after help")
+
+
+def _nested(kinds: Mapping[str, Any]) -> list[Any]:
+    """Return sections as fields of a dataclass: those of `compress` make one."""
+    ways = {name.partition(".")[2]: kind for name, kind in kinds.items() if name in configs.WAYS}
+    plain = [each for each in kinds.items() if each[0] not in configs.WAYS]
+    return [*plain, ("compress", make_dataclass("Compress", list(ways.items())))] if ways else plain
 
 
 def _values(words: list[str], known: Mapping[str, Any], program: str) -> dict[str, Any]:
@@ -407,14 +432,16 @@ class List:
     Example: fedsieve list algorithms --json
     """
 
-    what: Positional[Literal["algorithms", "datasets", "models", "partitions"]]
-    """which list"""
+    what: Annotated[
+        Positional[Literal["algorithms", "compressors", "datasets", "models", "partitions"]], tyro.conf.arg(metavar="LIST")
+    ]
+    """algorithms, compressors, datasets, models or partitions"""
     json: bool = False
     """machine-readable, on standard output"""
 
 
 def list_command(words: list[str]) -> None:
-    """List algorithms, datasets, models or partitions."""
+    """List algorithms, compressors, datasets, models or partitions."""
     from fedsieve.catalogue import LISTS
 
     if words and words[0] not in LISTS and not words[0].startswith("-"):

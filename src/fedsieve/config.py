@@ -15,17 +15,21 @@ from fedsieve.errors import UsageError
 from fedsieve.settings import Data, Engine, Local, Model, as_table, checked, nearest
 
 if TYPE_CHECKING:
+    from fedsieve.compress.base import Compressor
     from fedsieve.data.batches import Federation
+    from fedsieve.engine.link import Link
     from fedsieve.engine.loop import Result
     from fedsieve.models.spec import ModelSpec
     from fedsieve.params import Params
 
 SECTIONS: dict[str, Any] = {"data": Data, "model": Model, "local": Local, "engine": Engine}
+WAYS = {"compress.up": "clients' updates", "compress.down": "broadcasts"}
+"""sections that are there only if something is compressed, and what they compress"""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The five sections of a run; `algorithm` is the method object itself."""
+    """The sections of a run; `algorithm` is the method object itself."""
 
     name: str
     """name of the algorithm"""
@@ -34,11 +38,23 @@ class Config:
     model: Model = field(default_factory=Model)
     local: Local = field(default_factory=Local)
     engine: Engine = field(default_factory=Engine)
+    up: Compressor | None = None
+    """compresses clients' updates; None: nothing does"""
+    down: Compressor | None = None
+    """compresses broadcasts"""
+
+    @property
+    def link(self) -> Link:
+        """What compresses models on their way. UsageError if that cannot be."""
+        from fedsieve.engine.link import Link
+
+        return Link(self.up, self.down)
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Return the resolved settings as TOML tables: read back, they are this config again."""
         tables = {section: as_table(getattr(self, section)) for section in SECTIONS}
-        return {"algorithm": {"name": self.name} | as_table(self.algorithm)} | tables
+        tables = {"algorithm": {"name": self.name} | as_table(self.algorithm)} | tables
+        return tables | ({"compress": self.link.tables()} if self.up or self.down else {})
 
     def run(self, out: Path, *, resume: bool = False, watch: Callable[[dict[str, Any]], None] = lambda row: None) -> Result:
         """Run it into a run folder, or go on there, as `fit` does."""
@@ -53,6 +69,7 @@ class Config:
             data=data,
             local=local,
             engine=self.engine,
+            link=self.link,
             start=start,
             out=out,
             resume=resume,
@@ -62,11 +79,16 @@ class Config:
 
     def check(self, prepared: tuple[ModelSpec, Federation, Params] | None = None) -> None:
         """Raise what `run` would raise before round 1; `prepared` is what `prepare` returned, if it was called."""
+        from fedsieve.engine.link import LinkState
         from fedsieve.engine.loop import job_of
+        from fedsieve.engine.round import draw
         from fedsieve.local.convolution import resolved
 
         spec, data, start = prepared or self.prepare()
-        self.algorithm.init(job_of(spec, data, resolved(self.local), self.engine, start))
+        LinkState.start(self.link, len(data.parts), spec.layout)
+        job = job_of(spec, data, resolved(self.local), self.engine, start)
+        state = self.algorithm.init(job)
+        self.link.check(self.algorithm.broadcast(state, draw(job, self.engine, 1)) if self.link else {})
 
     def prepare(self) -> tuple[ModelSpec, Federation, Params]:
         """Load the data, share them out and build the model: what `fit` takes besides."""
@@ -132,11 +154,27 @@ def located(path: Path, text: str, written: Mapping[str, str] | None = None) -> 
         raise UsageError(f"{path}, line {line}: {error}") from None
 
 
-def sections(algorithm: str) -> dict[str, Any]:
-    """Return the class of settings of each section, for a method by its name."""
+def sections(algorithm: str, compressors: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the class of settings of each section, for a method by its name, and for `compress.up` and `compress.down`."""
     from fedsieve.algorithms.base import find
 
-    return {"algorithm": find(algorithm)} | SECTIONS
+    return (
+        {"algorithm": find(algorithm)}
+        | SECTIONS
+        | {way: kind for given in (compressors or {}).items() for way, kind in compressor(*given).items()}
+    )
+
+
+def compressor(way: str, name: Any) -> dict[str, type[Compressor]]:
+    """Return the class of settings of `compress.up` or `compress.down`, by the name of a compressor."""
+    from fedsieve.compress.base import find
+
+    if not isinstance(name, str):
+        raise UsageError(f"{way}.name = {name}: it should be the name of a compressor (see `fedsieve list compressors`).")
+    try:
+        return {way: find(name)}
+    except UsageError as error:
+        raise UsageError(f"{way}.name: {error}") from None
 
 
 def keys(kinds: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,20 +198,32 @@ def from_tables(tables: Mapping[str, Any], values: Mapping[str, Any] | None = No
     name = tables["algorithm"].get("name") if isinstance(tables.get("algorithm"), dict) else None
     if not isinstance(name, str):
         raise UsageError('algorithm.name is not given: a config needs [algorithm] with name = "fedsparsify", for example.')
-    kinds = sections(name)
+    known = ["algorithm", *SECTIONS, "compress"]
     for section, table in tables.items():
-        if section not in kinds or not isinstance(table, dict):
-            raise UsageError(f"{section} is no section.{nearest(section, kinds)} There are {', '.join(kinds)}.")
-    whole = deepcopy({section: dict(tables.get(section, {})) for section in kinds})
-    del whole["algorithm"]["name"]
+        if section not in known or not isinstance(table, dict):
+            raise UsageError(f"{section} is no section.{nearest(section, known)} There are {', '.join(known)}.")
+    whole = deepcopy({section: dict(tables.get(section, {})) for section in known})
     for key, value in (values or {}).items():
         *parents, last = key.split(".")
         table = whole
         for parent in parents:
             table = table.setdefault(parent, {})
         table[last] = value
-    known = keys(kinds)
-    return Config(name, **{section: checked(kind, whole[section], section, known) for section, kind in kinds.items()})
+    del whole["algorithm"]["name"]
+    for way, table in whole.pop("compress").items():
+        if f"compress.{way}" not in WAYS or not isinstance(table, dict):
+            raise UsageError(
+                f"compress.{way} is no table.{nearest(way, ('up', 'down'))} There are [compress.up], [compress.down]."
+            )
+        whole[f"compress.{way}"] = table
+    named = {way: whole[way].pop("name", None) for way in WAYS if way in whole}
+    if None in named.values():
+        way = next(way for way, given in named.items() if given is None)
+        raise UsageError(f"{way}.name is not given: which compressor? See `fedsieve list compressors`.")
+    kinds = sections(name, named)
+    names = keys(kinds)
+    made = {section: checked(kind, whole[section], section, names) for section, kind in kinds.items()}
+    return Config(name, **{section.removeprefix("compress."): value for section, value in made.items()})
 
 
 def _line(text: str, key: str) -> int:

@@ -71,8 +71,9 @@ def grid(path: Path) -> list[Point]:
                 raise UsageError(f"{key} = {show(values)}: in [sweep] it should be a list of one value or more.")
         if not isinstance(fixed, dict):
             raise UsageError(f"algorithm = {fixed}: it should be a table.")
+        compressing = _compressing(tables, axes)
         methods = axes.pop(NAME, None) or [fixed.get("name")]
-        owned = {method: _own(method, axes, methods) for method in methods}
+        owned = {method: _own(method, axes, methods, compressing) for method in methods}
     points = []
     for method, own in owned.items():
         where = written | {setting: f"sweep.{key}" for setting, key in own.items()}
@@ -85,18 +86,28 @@ def grid(path: Path) -> list[Point]:
     return _named(points, [key for key, values in axes.items() if len(values) > 1 or key == SEED])
 
 
-def _own(method: Any, axes: Collection[str], methods: Collection[Any]) -> dict[str, str]:
+def _compressing(tables: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the type of every setting of the compressors that a sweep names, fixed or varied."""
+    found = dict[str, Any]()
+    for way in configs.WAYS:
+        table = tables.get("compress", {}).get(way.partition(".")[2], {})
+        for name in axes.get(f"{way}.name", [table["name"]] if "name" in table else []):
+            found |= configs.keys(configs.compressor(way, name)) | {f"{way}.name": str}
+    return found
+
+
+def _own(method: Any, axes: Collection[str], methods: Collection[Any], compressing: dict[str, Any]) -> dict[str, str]:
     """Return the settings that a method varies, each with its key in the file."""
     if not isinstance(method, str):
         raise UsageError(f"{NAME} is no name: give that of a method in [algorithm], or a list of names in [sweep].")
-    known, own = configs.keys(configs.sections(method)), dict[str, str]()
+    known, own = configs.keys(configs.sections(method)) | compressing, dict[str, str]()
     mine = {f"{method}{setting.removeprefix('algorithm')}": setting for setting in known if setting.startswith("algorithm.")}
     for key in axes:
         section = key.partition(".")[0]
-        shared = section == "algorithm" or section in configs.SECTIONS
+        shared = section in ("algorithm", "compress") or section in configs.SECTIONS
         if not shared and not key.startswith(f"{method}."):
             if not any(key.startswith(f"{other}.") for other in methods):
-                near = nearest(section, [*configs.SECTIONS, "algorithm", *methods])
+                near = nearest(section, [*configs.SECTIONS, "algorithm", "compress", *methods])
                 raise UsageError(f"{key}: {section} is no section, and no method of this sweep.{near}")
             continue
         setting = key if shared else mine.get(key)

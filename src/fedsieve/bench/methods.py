@@ -3,7 +3,8 @@
 Rates are chosen on training examples that are held out (`data.validation`), with a seed and a split of their own, by the mean
 accuracy over clients: two of a ladder are tried, and as long as the best is an outermost one the next beyond it. Taken is the
 smallest that is within a point of the best, since the best itself is often the last that does not diverge. All trials are in
-tuning.csv. In a trial a client that diverges is the end; in a run it is lost in that round, and counted.
+tuning.csv. In a trial a client that diverges is the end; in a run it is lost in that round, and counted. A rate by which a run
+ends with no client left counts as one that diverged, for all runs that share the choice, and they are played anew.
 
 A trial or a run that is in the folder is not repeated, but for runs whose settings have changed, so a study can be stopped
 and started again. Kept are each run's config.toml, summary.json and records.csv; table.md and a page for each scenario are made
@@ -13,6 +14,7 @@ of all of them.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -174,6 +176,11 @@ class Tuning:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         files.replace(self.path, text.getvalue())
 
+    def give_up(self, cell: Cell, rate: float) -> None:
+        """Count a rate as one that diverged; nothing happens if all have."""
+        if any(self._tried(cell.scenario, cell.method, cell.density).values()):
+            self.add((cell.scenario, cell.method, cell.density, rate), {"client_accuracy": 0.0, "accuracy": 0.0})
+
     def rate(self, cell: Cell) -> float:
         """Return the smallest rate whose mean accuracy over clients is as good as the best."""
         tried = self._tried(cell.scenario, cell.method, cell.density)
@@ -182,7 +189,8 @@ class Tuning:
     def _tried(self, scenario: Scenario, method: Method, density: float | None) -> dict[float, float]:
         key = (scenario.rates, method.name, "" if density is None else str(density))
         mine = (row for row in self.rows if (row["scenario"], row["method"], row["density"]) == key)
-        return dict(sorted((float(row["rate"]), float(row["client_accuracy"])) for row in mine))
+        found = sorted(((float(row["rate"]), float(row["client_accuracy"])) for row in mine), reverse=True)
+        return dict(sorted(dict(found).items()))  # the last of a rate is the least
 
 
 # ---- playing
@@ -208,14 +216,14 @@ def main(compared: Study, program: str, about: str, words: Sequence[str]) -> int
             return _played(pool, options.jobs, play, tasks, end)
 
         tuning = Tuning(options.folder)
-        while untried := list(_untried(compared, asked, tuning)):
-            for task, found in each(_try, untried):
-                tuning.add(task, found)
-            if time.monotonic() > end:
-                return 1
-        for seed in SEEDS:
-            every = ((cell, seed, tuning.rate(cell), options.folder) for cell in asked)
-            for (cell, *_), found in each(_play, (task for task in every if not _kept(*task))):
+        while time.monotonic() < end:
+            if untried := list(_untried(compared, asked, tuning)):
+                for task, found in each(_try, untried):
+                    tuning.add(task, found)
+                continue
+            if not (missing := _missing(asked, tuning, options.folder)):
+                return 0
+            for (cell, seed, *_), found in each(_play, missing):
                 megabytes = (found["bytes_up"] + found["bytes_down"]) / 1e6
                 accuracy, density, seconds = found["accuracy"], found["density"], found["seconds"]
                 print(
@@ -224,7 +232,26 @@ def main(compared: Study, program: str, about: str, words: Sequence[str]) -> int
                     flush=True,
                 )
             report(compared, options.folder)
-    return 0 if time.monotonic() < end else 1
+    return 1
+
+
+def _missing(asked: Sequence[Cell], tuning: Tuning, folder: Path) -> list[tuple[Cell, int, float, Path]]:
+    """Return the runs that are still to be played, after giving up the rates by which others ended with no client left."""
+    found = []
+    for seed in SEEDS:
+        for cell in asked:
+            rate = tuning.rate(cell)
+            if _kept(cell, seed, rate, folder) and _lost_all(folder / cell.place / f"seed{seed}"):
+                tuning.give_up(cell, rate)
+    for seed in SEEDS:
+        every = ((cell, seed, tuning.rate(cell), folder) for cell in asked)
+        found += [task for task in every if not _kept(*task)]
+    return found
+
+
+def _lost_all(place: Path) -> bool:
+    """Whether a run ended with no client that could be evaluated."""
+    return json.loads((place / "summary.json").read_text())["client_accuracy"] is None
 
 
 def _untried(compared: Study, asked: Sequence[Cell], tuning: Tuning) -> Iterator[Trial]:

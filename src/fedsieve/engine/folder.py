@@ -27,11 +27,12 @@ from fedsieve import files
 from fedsieve.data.batches import Federation
 from fedsieve.data.partition import Parts
 from fedsieve.engine.freeze import freeze, thaw
+from fedsieve.engine.link import LinkState
 from fedsieve.engine.states import ClientStates
 from fedsieve.errors import DataError, UsageError
 from fedsieve.params import Layout, Masks, Params
 
-FORMAT = 2
+FORMAT = 3
 """of checkpoints; another one is refused"""
 
 
@@ -42,6 +43,8 @@ class Progress:
     round: int
     state: Any
     rows: Sequence[dict[str, Any]]
+    link: LinkState
+    """what the server remembers of the link"""
 
 
 class RunFolder:
@@ -88,7 +91,9 @@ class RunFolder:
                 if (written := saved.get("format", 1)) != FORMAT:
                     raise ValueError(f"its format is {written}, this version of fedsieve reads {FORMAT}")
                 if saved["identity"] == self._identity:
-                    progress, standing = Progress(**thaw(saved["progress"], layout, module)), saved["clients"]
+                    linked = thaw(saved["link"], layout, LinkState.__module__)
+                    progress = Progress(**thaw(saved["progress"], layout, module), link=linked)
+                    standing = saved["clients"]
             except Exception as error:
                 raise DataError(f"{self._checkpoint} cannot be read: {error}. Start the run anew in another folder.") from None
             if progress is None:
@@ -108,10 +113,11 @@ class RunFolder:
 
     def save(self, progress: Progress) -> None:
         """Replace the checkpoint, once the clients' states that it means are on disk."""
-        content = freeze({name: getattr(progress, name) for name in Progress.__slots__})
+        content = freeze({name: getattr(progress, name) for name in ("round", "state", "rows")})
         self._checkpoint.parent.mkdir(exist_ok=True)
         clients = self.states.commit(progress.round)
         checkpoint = {"format": FORMAT, "identity": self._identity, "clients": clients, "progress": content}
+        checkpoint["link"] = freeze(progress.link)
         files.replace(self._checkpoint, freeze(checkpoint))
         self.states.saved(progress.round)
 

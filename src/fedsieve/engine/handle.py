@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from fedsieve.algorithms.base import Algorithm, Personal, evaluate
 from fedsieve.data.batches import Federation
 from fedsieve.engine.freeze import freeze, thaw
+from fedsieve.engine.link import ClientEnd, Link
 from fedsieve.engine.turns import Turns
 from fedsieve.errors import FedsieveError
 from fedsieve.local.batched import Batched
@@ -42,6 +43,8 @@ class Plan:
     seed: int
     group: int = 1
     """clients that are trained in one batch"""
+    link: Link = field(default_factory=Link)
+    """what compresses models on their way"""
 
 
 class Device:
@@ -87,10 +90,19 @@ class Device:
             return evaluate(request, who), None
         module = type(plan.algorithm).__module__
         state = None if mine is None else thaw(mine, plan.spec.layout, module)
+        state, kept = state or (None, {}) if plan.link else (state, {})
         if personal is not None:
             return personal.client_evaluate(request, who, state), None
-        reply, state = plan.algorithm.client_update(request, who, state)
-        return reply, None if state is None else freeze(state)
+        if not plan.link or request.kind != "train":
+            reply, after = plan.algorithm.client_update(request, who, state)
+        else:
+            end = ClientEnd(plan.link, streams, kept)
+            request = end.open(request)
+            reply, after = plan.algorithm.client_update(request, who, state)
+            reply, kept = end.close(request, reply)
+        if plan.link:
+            return reply, freeze((state if after is None else after, kept))
+        return reply, None if after is None else freeze(after)
 
     def _evaluates(self, payload: bytes | memoryview) -> bool:
         with suppress(WireError):

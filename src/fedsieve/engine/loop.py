@@ -17,7 +17,8 @@ from fedsieve.data.batches import Federation
 from fedsieve.data.partition import Parts
 from fedsieve.engine.folder import Progress, RunFolder, environment, identity
 from fedsieve.engine.handle import Plan
-from fedsieve.engine.round import Row, play, total
+from fedsieve.engine.link import Link, LinkState, ServerEnd
+from fedsieve.engine.round import Row, draw, play, total
 from fedsieve.engine.states import ClientStates
 from fedsieve.engine.transports import Sequential, Transport, Workers
 from fedsieve.errors import Diverged, Interrupted, UsageError
@@ -58,6 +59,7 @@ def fit(
     data: Federation,
     local: Local | None = None,
     engine: Engine | None = None,
+    link: Link | None = None,
     start: Params | None = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -72,6 +74,7 @@ def fit(
         data: who holds which examples, see `federate`.
         local: how a client trains.
         engine: how the rounds are run.
+        link: what compresses models on their way; default: nothing.
         start: parameters to start from; default: the module's own.
         out: run folder to write, which must not exist; default: none is written.
         resume: go on in the run folder `out` from its last checkpoint, or from the beginning if it has none.
@@ -82,11 +85,12 @@ def fit(
         UsageError: the settings do not fit together, or the folder exists.
         Diverged: a client's loss is not finite (engine.nonfinite = "stop").
     """
-    local, engine = resolved(local or Local()), engine or Engine()
+    local, engine, link = resolved(local or Local()), engine or Engine(), link or Link()
     spec = model if isinstance(model, ModelSpec) else ModelSpec.of(model, data.example())
     job = job_of(spec, data, local, engine, start)
-    config = config or _described(algorithm, spec, data, local, engine)
-    run = Progress(0, algorithm.init(job), [])
+    config = config or _described(algorithm, spec, data, local, engine, link)
+    run = Progress(0, algorithm.init(job), [], LinkState.start(link, job.clients, job.layout))
+    link.check(algorithm.broadcast(run.state, draw(job, engine, 1)) if link else {})
     folder, states = None, ClientStates()
     if out is not None:
         folder = RunFolder.open(Path(out), identity(config, data, job.start), resume=resume)
@@ -94,14 +98,15 @@ def fit(
             run = folder.restore(job.layout, type(algorithm).__module__) or run
         folder.describe(config, data.manifest())
         states = folder.states
-    plan = Plan(algorithm, spec, data, local, engine.rounds, engine.seed, engine.group)
+    plan = Plan(algorithm, spec, data, local, engine.rounds, engine.seed, engine.group, link)
     transport: Transport = Workers(plan, engine.workers, states) if engine.workers else Sequential(plan, states)
     try:
         while run.round < engine.rounds:
             began, states.round = perf_counter(), run.round + 1
-            state, row = play(algorithm, run.state, run.round + 1, job, engine, transport)
+            end = ServerEnd(link, run.link, job.streams.at(round=run.round + 1))
+            state, row = play(algorithm, run.state, run.round + 1, job, engine, transport, end)
             row["seconds"] = perf_counter() - began
-            run = Progress(run.round + 1, state, [*run.rows, row])
+            run = Progress(run.round + 1, state, [*run.rows, row], end.finish())
             if folder:
                 folder.record(row)
                 if run.round % engine.checkpoint_every == 0 or run.round == engine.rounds:
@@ -155,7 +160,7 @@ def job_of(spec: ModelSpec, data: Federation, local: Local, engine: Engine, star
     return Job(spec, start or spec.initial("module", streams), engine.rounds, len(data.parts), streams, engine.cohort, local)
 
 
-def _described(algorithm: Any, spec: ModelSpec, data: Federation, local: Local, engine: Engine) -> dict[str, Any]:
+def _described(algorithm: Any, spec: ModelSpec, data: Federation, local: Local, engine: Engine, link: Link) -> dict[str, Any]:
     """Settings of a run that was started from Python, where model and data are objects."""
     package, _, name = type(algorithm).__module__.rpartition(".")
     if package != "fedsieve.algorithms":
@@ -166,7 +171,7 @@ def _described(algorithm: Any, spec: ModelSpec, data: Federation, local: Local, 
         "algorithm": {"name": name} | as_table(algorithm),
         "local": as_table(local),
         "engine": as_table(engine),
-    }
+    } | ({"compress": link.tables()} if link else {})
 
 
 def _summary(

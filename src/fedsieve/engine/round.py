@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedsieve.algorithms.base import Algorithm, Job, Personal, counts, evaluation, network
+from fedsieve.engine.link import ServerEnd
 from fedsieve.engine.masking import Own, moved
 from fedsieve.engine.transports import Lost, Transport
 from fedsieve.errors import Diverged
@@ -26,16 +27,22 @@ EXCHANGES = 64
 
 
 def play(
-    algorithm: Algorithm[Any, Any, Any], state: Any, round: int, job: Job, engine: Engine, transport: Transport
+    algorithm: Algorithm[Any, Any, Any],
+    state: Any,
+    round: int,
+    job: Job,
+    engine: Engine,
+    transport: Transport,
+    link: ServerEnd | None = None,
 ) -> tuple[Any, Row]:
-    """Play one round; return the next state and the record.
+    """Play one round; return the next state and the record. `link` is of this round; None: nothing is compressed.
 
     Raises:
         Diverged: a client's loss is not finite and engine.nonfinite is "stop".
     """
     spent, before = transport.flops, state
     cohort = draw(job, engine, round)
-    exchange = Exchange(job, engine, transport, Ledger())
+    exchange = Exchange(job, engine, transport, Ledger(), link)
     for _ in range(EXCHANGES):
         requests = exchange.send(algorithm.broadcast(state, cohort))
         present = {client: payload for client, payload in requests.items() if not drops_out(job, engine, round, client)}
@@ -59,7 +66,7 @@ def play(
         row |= {"accuracy": found.accuracy, "loss": found.mean_loss}
         untuned, tuned = exchange.evaluate(algorithm, state, params, masks)
         row |= {"client_accuracy": _percentiles(untuned), "tuned_accuracy": _percentiles(tuned)}
-    row |= {"lost": {str(client): reason for client, reason in sorted(exchange.lost.items())}}
+    row |= exchange.link.row() | {"lost": {str(client): reason for client, reason in sorted(exchange.lost.items())}}
     return state, row | exchange.ledger.row() | {"peak_memory_mb": transport.peak_memory() / 1e6}
 
 
@@ -84,8 +91,9 @@ def took_part(job: Job, engine: Engine, rows: Sequence[Row]) -> list[int]:
 class Exchange:
     """Messages of one round on their way: packs, counts, unpacks, and notes who was lost."""
 
-    def __init__(self, job: Job, engine: Engine, transport: Transport, ledger: Ledger) -> None:
+    def __init__(self, job: Job, engine: Engine, transport: Transport, ledger: Ledger, link: ServerEnd | None = None) -> None:
         self._job, self._engine, self._transport, self.ledger = job, engine, transport, ledger
+        self.link = link or ServerEnd.plain(job.layout)
         self.lost: dict[int, str] = {}
         self.examples = 0
         self.own = Own()
@@ -94,6 +102,7 @@ class Exchange:
 
     def send(self, messages: Mapping[int, Message]) -> dict[int, bytes]:
         """Pack each distinct message once and count it for each client that receives it."""
+        messages = self.link.send(messages)
         packed = {key: pack(message) for key, message in {id(m): m for m in messages.values()}.items()}
         requests = {client: packed[id(message)] for client, message in messages.items()}
         for payload in requests.values():
@@ -121,16 +130,19 @@ class Exchange:
     ) -> Iterator[tuple[int, Any]]:
         """Decode replies as the method reads them; one that is not valid counts as lost."""
         own = Own()
-        for client, reply in replies:
-            try:
-                content = algorithm.read(state, reply)
-                loss, examples = (reply.number(name) if name in reply.sections else 0 for name in ("loss", "examples"))
-            except WireError as error:
-                self.lost[client] = str(error)
+
+        def decode(reply: Message) -> tuple[Any, float, int]:
+            loss, examples = (reply.number(name) if name in reply.sections else 0 for name in ("loss", "examples"))
+            return algorithm.read(state, reply), float(loss), int(examples)
+
+        for client, reply, found in self.link.read(replies, decode):
+            if isinstance(found, WireError):
+                self.lost[client] = str(found)
                 continue
+            content, loss, examples = found
             if reply.kind == "train":
-                self._losses.append((float(loss), int(examples)))
-                self.examples += int(examples)
+                self._losses.append((loss, examples))
+                self.examples += examples
             own.add(content)
             self.own = own if own.any else self.own
             yield client, content

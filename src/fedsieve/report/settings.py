@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from fedsieve.algorithms.base import find, names
+from fedsieve.compress import base as compressors
 from fedsieve.settings import Data, Engine, Local, Model
 
 _HEAD = """\
@@ -18,6 +19,8 @@ Written from the settings dataclasses by `fedsieve.report.settings`; do not edit
 Each key can stand in a TOML file (`[local]`, then `lr = 0.05`), on the command line (`--local.lr 0.05`) and in Python
 (`Local(lr=0.05)`), with the same checks in all three: an unknown key or a value out of range is refused before round 1.
 The name of the algorithm is the first word of `fedsieve run`, and `name` in the section `[algorithm]` of a file.
+Sections `[compress.up]` and `[compress.down]` name a compressor ([compression.md](compression.md)); options are
+`--compress.up NAME` and `--compress.up.share 0.1`, for example.
 """
 _COLUMNS = "| key | type | allowed | default | meaning |\n|---|---|---|---|---|\n"
 _SIGNS = {"ge": (">=", "["), "gt": (">", "("), "le": ("<=", "]"), "lt": ("<", ")")}
@@ -39,9 +42,10 @@ class Setting(NamedTuple):
 
 
 def settings_markdown() -> str:
-    """Return the page: one table for each section, then one for each algorithm."""
-    sections = [(f"[{cls.__name__.lower()}]", cls) for cls in (Data, Model, Local, Engine)]
+    """Return the page: one table for each section, then one for each algorithm and each compressor."""
+    sections: list[tuple[str, Any]] = [(f"[{cls.__name__.lower()}]", cls) for cls in (Data, Model, Local, Engine)]
     sections += [(f'[algorithm] name = "{name}"', find(name)) for name in names()]
+    sections += [(f'[compress.up] name = "{name}"', compressors.find(name)) for name in compressors.names()]
     return _HEAD + "".join(_section(title, cls) for title, cls in sections)
 
 

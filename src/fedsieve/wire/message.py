@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,6 +50,9 @@ _KIND = re.compile(rb"[a-z0-9_-]{1,16}")
 _NAME = re.compile(rb"[a-z0-9_]{1,16}")
 _CODECS = frozenset(int(codec) for codec in Codec)
 
+Opener = Callable[["Message", str, Masks | None], Params]
+"""reads the model of a section by its name, the masks it is under being known; None: it is dense"""
+
 
 @dataclass(frozen=True, eq=False)
 class Message:
@@ -66,6 +69,8 @@ class Message:
     layout: Layout
     sections: Mapping[str, Section]
     """name [a-z0-9_]{1,16} -> encoded value, in order; at most 255"""
+    opener: Opener | None = None
+    """reads the models of this message, if they are written otherwise than as `dense` and `values` write them"""
     _decoded: dict[str, Params] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -82,22 +87,27 @@ class Message:
         return Message(self.kind, self.round, self.layout, sections)
 
     def dense(self, name: str) -> Params:
-        """All parameters. They may be a view of the payload, and whoever asks again gets the same: treat them as read-only."""
+        """All parameters. They may be a view of the payload, and whoever asks again gets the same: only to be read."""
+        if self.opener is not None:
+            return self.opener(self, name, None)
         if name not in self._decoded:
             self._decoded[name] = codecs.read_dense(self._section(name, codecs.DENSE), self.layout)
         return self._decoded[name]
 
     def values(self, name: str, masks: Masks) -> Params:
         """Parameters of which the kept ones were sent; zero where pruned."""
+        if self.opener is not None:
+            return self.opener(self, name, masks)
         return codecs.read_values(self._section(name, codecs.VALUES), masks)
 
     def mask(self, name: str, within: Masks | None = None) -> Masks:
         """Masks; `within` must be the masks that the sender gave, if it gave some."""
         return codecs.read_mask(self._section(name, {*codecs.MASK, *codecs.WITHIN}), self.layout, within)
 
-    def indices(self, name: str) -> Tensor:
-        """Positions in the maskable part, strictly ascending, int64 of shape (k,)."""
-        return codecs.read_indices(self._section(name, {*codecs.INDICES, Codec.INDICES_PACKED}), self.layout)
+    def indices(self, name: str, sizes: Sequence[int] | None = None) -> Tensor:
+        """Positions in the maskable part, or in tensors of these sizes, strictly ascending, int64 of shape (k,)."""
+        section = self._section(name, {*codecs.INDICES, Codec.INDICES_PACKED})
+        return codecs.read_indices(section, self.layout if sizes is None else sizes)
 
     def signs(self, name: str, masks: Masks) -> Tensor:
         """+1 and -1, int8 of shape (kept,)."""
@@ -116,7 +126,7 @@ class Message:
         return codecs.read_number(self._section(name, {Codec.INTEGER, Codec.REAL}))
 
     def vector(self, name: str) -> Tensor:
-        """Finite numbers, float16, 32 or 64 of shape (n,). They may be a view of the payload: treat them as read-only."""
+        """Finite numbers, bfloat16, float16, 32 or 64 of shape (n,). They may be a view of the payload: only to be read."""
         return codecs.read_vector(self._section(name, codecs.VECTOR))
 
     def _section(self, name: str, allowed: Collection[Codec]) -> Section:

@@ -71,11 +71,17 @@ class Codec(IntEnum):
     VECTOR_FP32 = 0x78
     VECTOR_FP64 = 0x79
     VECTOR_FP16 = 0x7A
+    VECTOR_BF16 = 0x7B
 
 
 DENSE = {Codec.DENSE_FP32: torch.float32, Codec.DENSE_FP16: torch.float16, Codec.DENSE_BF16: torch.bfloat16}
 VALUES = {Codec.VALUES_FP32: torch.float32, Codec.VALUES_FP16: torch.float16, Codec.VALUES_BF16: torch.bfloat16}
-VECTOR = {Codec.VECTOR_FP32: torch.float32, Codec.VECTOR_FP64: torch.float64, Codec.VECTOR_FP16: torch.float16}
+VECTOR = {
+    Codec.VECTOR_FP32: torch.float32,
+    Codec.VECTOR_FP64: torch.float64,
+    Codec.VECTOR_FP16: torch.float16,
+    Codec.VECTOR_BF16: torch.bfloat16,
+}
 MASK = {Codec.MASK_BITMAP: Coding.BITMAP, Codec.MASK_WHOLE: Coding.WHOLE, Codec.MASK_SLOTS: Coding.GROUPS}
 WITHIN = {Codec.WITHIN_BITMAP: Coding.BITMAP, Codec.WITHIN_WHOLE: Coding.WHOLE, Codec.WITHIN_SLOTS: Coding.GROUPS}
 INDICES = {Codec.INDICES_BITMAP: Coding.BITMAP, Codec.INDICES_WHOLE: Coding.WHOLE, Codec.INDICES_SLOTS: Coding.GROUPS}
@@ -120,6 +126,8 @@ class Section:
     """may be a view of the tensor that was encoded: leave that alone until the message is packed"""
     offset: int = 0
     """first byte of the body in the payload it came from"""
+    source: tuple[Params, Masks | None] | None = None
+    """the model that was written and the masks it was written under, for who may write it otherwise; None: it is no model"""
 
     @property
     def view(self) -> memoryview:
@@ -136,7 +144,7 @@ def dense(params: Params, precision: Precision = "fp32") -> Section:
         WireError: NONFINITE; for fp16 (also of values of 65520 and more) and bf16 when the message is packed.
     """
     codec = Codec(Codec.DENSE_FP32 + _PRECISION[precision])
-    return Section(codec, _floats(_vector(params), DENSE[codec]))
+    return Section(codec, _floats(_vector(params), DENSE[codec]), source=(params, None))
 
 
 def read_dense(section: Section, layout: Layout) -> Params:
@@ -153,7 +161,7 @@ def values(params: Params, masks: Masks, precision: Precision = "fp32") -> Secti
     codec = Codec(Codec.VALUES_FP32 + _PRECISION[precision])
     flat, kept = _vector(params).numpy(), _positions(masks)
     chosen = np.concatenate([flat[: masks.layout.maskable].take(kept), flat[masks.layout.maskable :]])
-    return Section(codec, _floats(torch.from_numpy(chosen), VALUES[codec]))
+    return Section(codec, _floats(torch.from_numpy(chosen), VALUES[codec]), source=(params, masks))
 
 
 def read_values(section: Section, masks: Masks) -> Params:
@@ -202,37 +210,43 @@ def read_mask(section: Section, layout: Layout, within: Masks | None = None) -> 
     return Masks(layout, torch.from_numpy(bits))
 
 
-def indices(positions: Tensor | NDArray[np.int64] | Sequence[int], layout: Layout) -> Section:
-    """Write positions of the maskable part, strictly ascending: as a mask, or packed as numbers, the smallest."""
-    at = np.asarray(positions, dtype=np.int64)
-    if at.ndim != 1 or (at.size and (at[0] < 0 or at[-1] >= layout.maskable or (np.diff(at) <= 0).any())):
-        raise ValueError(f"indices must be strictly ascending and within [0, {layout.maskable})")
-    bits = np.zeros(layout.maskable, dtype=np.bool_)
+def indices(positions: Tensor | NDArray[np.int64] | Sequence[int], within: Layout | Sequence[int]) -> Section:
+    """Write positions, strictly ascending: as a mask, or packed as numbers, the smallest.
+
+    Args:
+        positions: in the maskable part of a layout, or in a vector of other tensors.
+        within: that layout, or the sizes of those tensors.
+    """
+    sizes = _sizes(within)
+    at, total = np.asarray(positions, dtype=np.int64), sum(sizes)
+    if at.ndim != 1 or (at.size and (at[0] < 0 or at[-1] >= total or (np.diff(at) <= 0).any())):
+        raise ValueError(f"indices must be strictly ascending and within [0, {total})")
+    bits = np.zeros(total, dtype=np.bool_)
     bits[at] = True
-    coding, body = encode_mask(bits, _sizes(layout))
-    packed = put_varints([at.size]) + pack_bits(at, _index_width(layout))
+    coding, body = encode_mask(bits, sizes)
+    packed = put_varints([at.size]) + pack_bits(at, _index_width(total))
     if len(packed) < len(body):
         return Section(Codec.INDICES_PACKED, packed)
     return Section(Codec(Codec.INDICES_BITMAP + coding), body)
 
 
-def read_indices(section: Section, layout: Layout) -> Tensor:
-    """Read what `indices` wrote, int64 of shape (k,).
+def read_indices(section: Section, within: Layout | Sequence[int]) -> Tensor:
+    """Read what `indices` wrote within the same sizes, int64 of shape (k,).
 
     Raises:
         WireError: also ORDER and RANGE.
     """
-    body, offset = section.view, section.offset
+    body, offset, sizes = section.view, section.offset, _sizes(within)
     if section.codec in INDICES:
-        return torch.from_numpy(np.flatnonzero(decode_mask(INDICES[section.codec], body, _sizes(layout), offset)))
+        return torch.from_numpy(np.flatnonzero(decode_mask(INDICES[section.codec], body, sizes, offset)))
     (n,), at = take_varints(body, 1, offset=offset)
-    if n > layout.maskable:
-        raise WireError(Reason.COUNT, offset, f"{n} indices into {layout.maskable} weights")
-    positions = unpack_bits(body[at:], n, _index_width(layout), offset + at)
+    if n > (total := sum(sizes)):
+        raise WireError(Reason.COUNT, offset, f"{n} indices into {total} numbers")
+    positions = unpack_bits(body[at:], n, _index_width(total), offset + at)
     if (np.diff(positions) <= 0).any():
         raise WireError(Reason.ORDER, offset + at, "indices are not strictly ascending")
-    if n and positions[-1] >= layout.maskable:
-        raise WireError(Reason.RANGE, offset + at, f"index {positions[-1]} into {layout.maskable} weights")
+    if n and positions[-1] >= total:
+        raise WireError(Reason.RANGE, offset + at, f"index {positions[-1]} into {total} numbers")
     return torch.from_numpy(positions)
 
 
@@ -314,16 +328,18 @@ def read_number(section: Section) -> int | float:
 
 
 def vector(numbers: Tensor | Sequence[float]) -> Section:
-    """Write numbers that are no model, such as metrics: 4 or 2 bytes each from a float32 or float16 tensor, else 8."""
+    """Write numbers that are no model, such as metrics: 4 bytes each from a float32 tensor, 2 from one of 16 bits, else 8."""
     tensor = numbers.detach().cpu() if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64)
     codec = next((codec for codec, dtype in VECTOR.items() if dtype == tensor.dtype), None)
     if tensor.ndim != 1 or codec is None:
-        raise ValueError(f"a vector is {tensor.dtype} of shape {tuple(tensor.shape)}, not float16, 32 or 64 of shape (n,)")
+        raise ValueError(
+            f"a vector is {tensor.dtype} of shape {tuple(tensor.shape)}, not bfloat16, float16, 32 or 64 of shape (n,)"
+        )
     return Section(codec, _floats(tensor, VECTOR[codec]))
 
 
 def read_vector(section: Section) -> Tensor:
-    """Read what `vector` wrote, float16, float32 or float64 of shape (n,)."""
+    """Read what `vector` wrote, bfloat16, float16, float32 or float64 of shape (n,)."""
     dtype = VECTOR[section.codec]
     return _read_floats(section, len(section.body) // dtype.itemsize, dtype, keep=True)
 
@@ -388,8 +404,8 @@ def _positions(masks: Masks) -> NDArray[np.int64]:
     return np.flatnonzero(_bits(masks))
 
 
-def _sizes(layout: Layout) -> list[int]:
-    return [slot.numel for slot in layout.masked_slots]
+def _sizes(within: Layout | Sequence[int]) -> list[int]:
+    return [slot.numel for slot in within.masked_slots] if isinstance(within, Layout) else list(within)
 
 
 def _counts(masks: Masks) -> list[int]:
@@ -397,5 +413,5 @@ def _counts(masks: Masks) -> list[int]:
     return list(masks.counts().values())
 
 
-def _index_width(layout: Layout) -> int:
-    return max(1, (layout.maskable - 1).bit_length()) if layout.maskable else 1
+def _index_width(total: int) -> int:
+    return max(1, (total - 1).bit_length()) if total else 1
