@@ -32,6 +32,7 @@ bench: setup
 	$(BIN)/python -m fedsieve.bench.kernels
 	$(BIN)/python -m fedsieve.bench.inference
 	$(BIN)/python -m fedsieve.bench.rounds
+	$(BIN)/python -m fedsieve.bench.compress
 	$(BIN)/python -m fedsieve.bench.memory
 	$(BIN)/python -m fedsieve.bench.scale
 
