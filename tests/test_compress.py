@@ -493,6 +493,26 @@ def exchanges(link, digits, small, rounds, lose=lambda round: ()):
         yield round, requests, linked, job_state
 
 
+@pytest.mark.parametrize("name", ["topk", "randk_spatial"])
+def test_a_reply_that_cannot_be_is_lost_and_the_others_count(name, digits, small):
+    link, method = Link(up=find(name)()), FedAvg()
+    state = method.init(type("Job", (), {"start": plain(small), "layout": small.layout})())
+    end = ServerEnd(link, LinkState.start(link, 3, small.layout), Streams(3, 1))
+    device = Device(Plan(method, small, digits, LOCAL, 3, 3, link=link))
+    replies = []
+    for client, request in end.send(method.broadcast(state, [0, 1, 2])).items():
+        reply, _ = device.answer(client, pack(request), None)
+        replies.append((client, unpack(pack(reply), small.layout)))
+    huge = torch.full_like(replies[1][1].vector("update_values"), 3e38)
+    replies[1] = (1, replace(replies[1][1], sections={**replies[1][1].sections, "update_values": vector(huge[:-1])}))
+    if name == "randk_spatial":  # beyond the range of float32 once it is divided by the share
+        replies[1][1].sections["update_values"] = vector(huge)
+    found = {client: content for client, _, content in end.read(replies, lambda reply: method.read(state, reply))}
+    assert isinstance(found[1], WireError)
+    assert not any(isinstance(found[client], WireError) for client in (0, 2))
+    assert end.finish().counted.tolist() == [1, 0, 1]
+
+
 def test_increments_go_only_to_clients_whose_last_reply_counted(digits, small):
     for round, requests, linked, state in exchanges(
         Link(down=find("kbit")()), digits, small, 5, lose=lambda round: {2: [1], 3: [1]}.get(round, ())

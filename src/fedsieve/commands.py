@@ -435,7 +435,7 @@ class List:
     what: Annotated[
         Positional[Literal["algorithms", "compressors", "datasets", "models", "partitions"]], tyro.conf.arg(metavar="LIST")
     ]
-    """algorithms, compressors, datasets, models or partitions"""
+    """which list: algorithms, compressors, datasets, models or partitions"""
     json: bool = False
     """machine-readable, on standard output"""
 

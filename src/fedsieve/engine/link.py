@@ -360,11 +360,14 @@ class ServerEnd:
             replies: in ascending client id.
             decode: reads all of a reply. It may be called twice.
         """
-        up = self._link.up
+        up, refused = self._link.up, dict[int, WireError]()
         if up is not None and up.caps.joint:
             replies = list(replies)
-            self._survey(up, replies, decode)
+            refused = self._survey(up, replies, decode)
         for client, reply in replies:
+            if client in refused:
+                yield client, reply, refused[client]
+                continue
             models: dict[str, Arrived] = {}
             try:
                 content = decode(self._opened(client, reply, models, plain=False))
@@ -384,17 +387,22 @@ class ServerEnd:
         """Return what it adds to the record of the round."""
         return {"nominal_up": round(self._nominal) if self._link.up is not None else None}
 
-    def _survey(self, up: Compressor, replies: Iterable[tuple[int, Message]], decode: Callable[[Message], Any]) -> None:
-        """Note who sent which models; replies that are not valid do not count."""
+    def _survey(
+        self, up: Compressor, replies: Iterable[tuple[int, Message]], decode: Callable[[Message], Any]
+    ) -> dict[int, WireError]:
+        """Note who sent which models; return whose replies are not valid, for they do not count."""
+        refused = {}
         for client, reply in replies:
             models: dict[str, Arrived] = {}
             try:
                 decode(self._opened(client, reply, models, plain=True))
-            except WireError:
+            except WireError as error:
+                refused[client] = error
                 continue
             for name, model in models.items():
                 self._arrived.setdefault(name, {})[client] = model
         self._cohort = {name: up.survey(self._memory, arrived) for name, arrived in self._arrived.items()}
+        return refused
 
     def _opened(self, client: int, reply: Message, models: dict[str, Arrived], *, plain: bool) -> Message:
         """Return a reply whose models read as they always do, and note those that do in `models`.
@@ -411,10 +419,8 @@ class ServerEnd:
                 raise WireError(Reason.SECTION, message.sections[name].offset, f"section {name!r} is not compressed")
             arrived = self._arrived.get(name, {}).get(client)
             if arrived is None:
-                support, loss = (
-                    _support(message.layout, masks),
-                    float(message.number("loss")) if "loss" in message.sections else None,
-                )
+                support = _support(message.layout, masks)
+                loss = float(message.number("loss")) if "loss" in message.sections else None
                 arrived = Arrived(client, Parts(message, name), Frame(support.sizes, streams, name, told, loss), support)
             x = torch.zeros(0)
             if arrived.frame.n and plain:
