@@ -28,6 +28,7 @@ from fedsieve.engine.handle import Device, Plan
 from fedsieve.engine.link import BASE, ClientEnd, Link, LinkState, ServerEnd
 from fedsieve.engine.transports import Sequential
 from fedsieve.params import Kind, Layout, Masks, Params, Slot
+from fedsieve.sweep import grid
 from fedsieve.wire.bits import decode_integers
 from fedsieve.wire.message import Message, WireError, pack, unpack
 from fedsieve.wire.sections import dense, integers, number, vector
@@ -278,9 +279,9 @@ def test_what_is_sent_and_what_is_kept_make_up_the_update(name):
 @pytest.mark.parametrize("ranking", ["global", "layer"])
 def test_top_k_sends_the_largest_the_earlier_of_equal_ones(ranking):
     x = torch.zeros(sum(SIZES))
-    x[[3, 5, 7, 41, 50]] = torch.tensor([1.0, -2.0, 1.0, 2.0, -1.0])
+    x[[3, 5, 7, 41, 50]] = torch.tensor([3.0, -2.0, 3.0, 1.0, -1.0])
     decoded, left = there_and_back(TopK(share=3 / 64, ranking=ranking), x, frame())
-    assert decoded.nonzero().ravel().tolist() == {"global": [3, 5, 41], "layer": [3, 5, 41]}[ranking]
+    assert decoded.nonzero().ravel().tolist() == {"global": [3, 5, 7], "layer": [3, 7, 41]}[ranking]
     assert torch.equal(decoded + left, x)
 
 
@@ -620,3 +621,15 @@ def test_nominal_bits_are_those_of_the_papers():
     assert RandK(share=0.1).nominal_bits(where) == 3200 + 64
     assert find("ternary")().nominal_bits(where) == pytest.approx(1000 * log2(3) + 32)
     assert TopK(share=0.01).nominal_bits(where) == pytest.approx(320 + 77.76, abs=0.1)
+
+
+def test_a_sweep_varies_compressors_and_their_settings(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text('[algorithm]\nname = "fedavg"\n[sweep]\n"compress.up.name" = ["topk", "kbit"]\n"engine.seed" = [0, 1]\n')
+    assert [name_of(point.config.up) for point in grid(path)] == ["topk", "topk", "kbit", "kbit"]
+    path.write_text('[algorithm]\nname = "fedavg"\n[compress.up]\nname = "topk"\n[sweep]\n"compress.up.share" = [0.1, 0.2]\n')
+    assert [point.config.up.share for point in grid(path)] == [0.1, 0.2]
+    for text in ('compress = 3\n[algorithm]\nname = "fedavg"\n', '[algorithm]\nname = "fedavg"\n[compress]\nup = "topk"\n'):
+        path.write_text(f'{text}[sweep]\n"engine.seed" = [0, 1]\n')
+        with pytest.raises(UsageError, match="compress"):
+            grid(path)

@@ -89,9 +89,10 @@ def grid(path: Path) -> list[Point]:
 def _compressing(tables: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the type of every setting of the compressors that a sweep names, fixed or varied."""
     found = dict[str, Any]()
+    fixed = flat({"compress": tables.get("compress", {})})
     for way in configs.WAYS:
-        table = tables.get("compress", {}).get(way.partition(".")[2], {})
-        for name in axes.get(f"{way}.name", [table["name"]] if "name" in table else []):
+        key = f"{way}.name"
+        for name in axes.get(key, [fixed[key]] if key in fixed else []):
             found |= configs.keys(configs.compressor(way, name)) | {f"{way}.name": str}
     return found
 

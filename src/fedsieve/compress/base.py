@@ -145,9 +145,6 @@ class Parts:
     name: str
     """of the vector: its section `levels` is `name_levels`"""
 
-    def __contains__(self, part: str) -> bool:
-        return f"{self.name}_{part}" in self.message.sections
-
     def integers(self, part: str, n: int, low: int, high: int) -> Tensor:
         """Read n whole numbers in [low, high], int32 of shape (n,)."""
         found = self.message.integers(f"{self.name}_{part}")

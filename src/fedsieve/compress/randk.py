@@ -35,7 +35,7 @@ class RandK(Compressor):
     share: Density = 0.1
     """of the numbers that are sent, in (0, 1]"""
     bits: Width = 32
-    """of each number that is sent: 32 (float32), or 2 to 12 (rounded to levels of the largest magnitude, right on average)"""
+    """of each number that is sent, 2 to 32: float32, or fewer, rounded to levels of the largest magnitude, right on average"""
 
     def encode(self, x: Tensor, frame: Frame, memory: Tensor | None = None) -> tuple[Written, None]:
         """Write numbers at random positions."""

@@ -51,7 +51,7 @@ class RandKSpatial(Compressor):
     """how like clients are held to be: avg (not known: safe), max (equal: worse than randk where they are not), opt (as they
     were in the round before), one (not at all: randk)"""
     bits: Width = 32
-    """of each number that is sent: 32 (float32), or 2 to 12"""
+    """of each number that is sent, 2 to 32, as in randk"""
 
     def start(self, clients: int, size: int) -> dict[str, float]:
         """Begin with vectors that are not alike."""

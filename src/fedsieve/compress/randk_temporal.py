@@ -12,13 +12,12 @@ Deviates: where b is further from what was sent than zero is, it has grown stale
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedsieve.compress.base import Arrived, Caps, Compressor, Frame, Parts, Written
-from fedsieve.compress.collisions import Transform
 from fedsieve.compress.randk import Width, sent, spread, written
 from fedsieve.compress.randk_spatial import Cohort, surveyed
 from fedsieve.errors import UsageError
@@ -33,10 +32,10 @@ class RandKTemporal(Compressor):
 
     share: Density = 0.1
     """of the numbers that are sent, in (0, 1]"""
-    transform: Transform = "one"
-    """how like the clients' differences are held to be, as in randk_spatial but for opt: one (not at all), avg, max"""
+    transform: Literal["one", "avg", "max"] = "one"
+    """how like the clients' differences are held to be, as in randk_spatial: one (not at all), avg (not known), max (equal)"""
     bits: Width = 32
-    """of each number that is sent: 32 (float32), or 2 to 12"""
+    """of each number that is sent, 2 to 32, as in randk"""
     memory_mb: Positive = 1024.0
     """megabytes that the server may remember, > 0: clients times trained numbers times 4 bytes must be less"""
     forget: bool = True
@@ -44,8 +43,6 @@ class RandKTemporal(Compressor):
 
     def start(self, clients: int, size: int) -> dict[str, Any]:
         """Begin with no memory of anybody."""
-        if self.transform == "opt":
-            raise UsageError("compress.up.transform = opt: not of differences to what is remembered. Use avg, max or one.")
         return roomy(clients, size, self.memory_mb, "randk_spatial, which remembers nothing of clients")
 
     def encode(self, x: Tensor, frame: Frame, memory: Tensor | None = None) -> tuple[Written, None]:
